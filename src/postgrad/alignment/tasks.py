@@ -1,8 +1,8 @@
 """Short verifiable instructions: the data of the embedded default of `postgrad align`.
 
 Every task is a line or two of plain letters with an answer that can be checked letter by letter. The
-demonstrations are wrong on purpose, letter by letter, so that a policy trained on them knows the answer but rarely
-gives it: what a judge, a reward model and 64 samples can then mend is measurable. Nothing needs a network.
+demonstrations are wrong on purpose, letter by letter, so that a policy trained on them knows the answer but
+rarely gives it: what a judge, a reward model and 64 samples can then mend is measurable.
 
     copy lomak                      -> lomak
     reverse lomak                   -> kamol
