@@ -3,14 +3,15 @@
 import os
 from pathlib import Path
 
+# Before torch and the hub client are imported: they read these once.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest
-import torch
-from jaxtyping import install_import_hook
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("postgrad", "typecheck.typecheck")
 torch.set_num_threads(1)
