@@ -189,7 +189,8 @@ def _best_weights(n: int, total: int) -> NDArray[np.float64]:
     logs = np.full(total, -math.inf)
     whole = _log_binomial(total, n)
     logs[n - 1 :] = [_log_binomial(i - 1, n - 1) - whole for i in range(n, total + 1)]
-    return np.exp(logs)
+    weights: NDArray[np.float64] = np.exp(logs)
+    return weights
 
 
 def _log_binomial(n: int, k: int) -> float:
@@ -207,7 +208,8 @@ def _gold_by_rank(proxy: ArrayLike, gold: ArrayLike, prompt: int) -> NDArray[np.
         raise DataError(f"Prompt {prompt}: scores must be finite numbers.")
     _, block, size = np.unique(rank_by, return_inverse=True, return_counts=True)
     mean: NDArray[np.float64] = np.bincount(block, weights=judge_by) / size
-    return np.repeat(mean, size)
+    repeated: NDArray[np.float64] = np.repeat(mean, size)
+    return repeated
 
 
 def _bootstrap(
