@@ -9,9 +9,9 @@ import warnings
 from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from postgrad.core.sections import Plot, Series
+from postgrad.core.sections import Plot, Series, format_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -137,7 +137,9 @@ def _draw_axes(axes: Axes, plot: Plot) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=all(x == int(x) for x in values)))
     if plot.log_x or len(values) <= 8:
         axes.xaxis.set_major_locator(FixedLocator(_spread(values, plot.log_x)))
-    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(float(x))))
+    decimals = _decimals([float(y) for y in axes.yaxis.get_majorticklocs()])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: format_number(float(y), decimals)))
     if values and values[0] == values[-1]:
         axes.set_xlim(values[0] * 0.5 - (not plot.log_x), values[0] * 2 + 1)
 
@@ -155,9 +157,16 @@ def _spread(values: Sequence[float], log_x: bool) -> list[float]:
     return [values[i] for i in (*kept, len(values) - 1)]
 
 
-def _tick(value: float, _: Any) -> str:
+def _decimals(ticks: Sequence[float]) -> int | None:
+    """Find the decimals that tell ticks apart; None where a power of ten reads better."""
+    if max(map(abs, ticks)) < 1e-3:
+        return None
+    return next((d for d in range(5) if all(abs(tick - round(tick, d)) < 1e-9 for tick in ticks)), None)
+
+
+def _tick(value: float) -> str:
     """Label a tick of x: thousands set apart, no superfluous zeros."""
-    return f"{value:,.0f}" if value == int(value) and abs(value) < 1e6 else f"{value:.3g}"
+    return format_number(value, 0 if value == int(value) and abs(value) < 1e6 else None)
 
 
 def _clean(svg: str, title: str) -> str:

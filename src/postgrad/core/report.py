@@ -15,7 +15,7 @@ from rich.text import Text
 
 from postgrad.core.files import write_text
 from postgrad.core.page import render
-from postgrad.core.plots import thin
+from postgrad.core.plots import MAX_POINTS, thin
 from postgrad.core.sections import (
     Cell,
     Note,
@@ -132,7 +132,9 @@ def _curves(title: str, columns: Mapping[str, Mapping[float, float]]) -> Plot:
         for key, points in columns.items()
         if _family(key) == title
     )
-    return Plot(title.replace("_", " "), "step", "", series)
+    long = any(len(line.x) > MAX_POINTS for line in series)
+    note = "The line is the mean of neighbouring steps, the band their range." if long else ""
+    return Plot(title.replace("_", " "), "step", "", series, note=note)
 
 
 def _family(key: str) -> str:

@@ -84,7 +84,7 @@ def format_column(cells: Sequence[Cell]) -> list[str]:
     """
     floats = [abs(c) for c in cells if isinstance(c, float) and math.isfinite(c) and c != 0]
     largest = max(floats, default=1.0)
-    decimals = min(4, max(0, 3 - math.floor(math.log10(largest))))
+    decimals = min(4, max(int(largest < 1e4), 3 - math.floor(math.log10(largest))))
     far_apart = min(floats, default=1.0) < 0.5 * 10**-decimals or largest >= 1e7
     return [_format(cell, None if far_apart else decimals) for cell in cells]
 
@@ -94,13 +94,18 @@ def _format(cell: Cell, decimals: int | None) -> str:
     if isinstance(cell, str | bool):
         return str(cell)
     if isinstance(cell, int):
-        return f"{cell:,}"
-    if math.isnan(cell):
+        return f"{cell:,}".replace("-", "−")
+    return format_number(cell, decimals)
+
+
+def format_number(value: float, decimals: int | None) -> str:
+    """Write a figure with thousands set apart; without decimals in three digits, 5e-7 if very small."""
+    if math.isnan(value):
         return "–"
-    if math.isinf(cell):
-        return "∞" if cell > 0 else "−∞"
-    text = _short(cell) if decimals is None else f"{cell:,.{decimals}f}"
-    return "−" + text[1:] if cell < 0 else text
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    text = _short(abs(value)) if decimals is None else f"{abs(value):,.{decimals}f}"
+    return "−" + text if value < 0 and text.strip("0.,") else text
 
 
 def _short(value: float) -> str:
