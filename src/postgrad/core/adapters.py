@@ -33,7 +33,9 @@ def add_lora(
         return get_peft_model(model, settings)  # type: ignore[return-value, arg-type]
     except ValueError as error:
         names = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
-        raise ModelError(f"no LoRA target among {config.lora_targets}: {error}. The model's modules: {names}") from error
+        raise ModelError(
+            f"no LoRA target among {config.lora_targets}: {error}. The model's modules: {names}"
+        ) from error
 
 
 def is_adapter(folder: str) -> bool:
@@ -47,7 +49,9 @@ def base_of_adapter(folder: str) -> str:
 
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
     if not base:
-        raise ModelError(f"{folder}/adapter_config.json names no base model; set base_model_name_or_path in it")
+        raise ModelError(
+            f"{folder}/adapter_config.json names no base model; set base_model_name_or_path in it"
+        )
     return str(base)
 
 

@@ -61,8 +61,8 @@ class DataConfig:
     """Longest prompt plus answer, in tokens."""
     truncate: Literal["oldest", "end", "drop"] = "oldest"
     """What gives way when a row is too long: its oldest exchanges, its end, or the whole row."""
-    row_length: int = 1024
-    """Width of a packed row, in tokens."""
+    row_length: int = 0
+    """Least width of a packed row, in tokens; 0 = what the device is fastest with."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,10 +25,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from postgrad.core import adapters
+from postgrad.core import adapters, segments
 from postgrad.core.config import ModelConfig
 from postgrad.core.files import atomic_path
-from postgrad.core.masks import attention_mask
+from postgrad.core.masks import attention_inputs
 from postgrad.core.ops import Head, sum_by_sequence, token_logprobs, token_nll
 from postgrad.core.precision import autocast
 from postgrad.core.rows import Layout, Rows, Tree, pack
@@ -64,6 +64,7 @@ def load_lm(
     tokenizer = load_tokenizer(config)
     if config.path == "tiny":
         model = _tiny_llama(config, tokenizer, job.seed)
+        model.set_attn_implementation(_attention(job))
     else:
         model = _from_pretrained(AutoModelForCausalLM, config, job, frozen)
     _use_tokens(model, tokenizer)
@@ -88,7 +89,9 @@ def load_reward_model(
         model = _from_pretrained(AutoModelForSequenceClassification, config, job, frozen, num_labels=1)
         fresh = not _has_head(config.path)
     if "score" not in dict(model.named_children()):
-        raise ModelError(f"{config.path}: a {type(model).__name__} has no `score` head; use a decoder-only model")
+        raise ModelError(
+            f"{config.path}: a {type(model).__name__} has no `score` head; use a decoder-only model"
+        )
     if fresh:
         weight = model.score.weight
         noise = torch.Generator().manual_seed(stage_seed(job.seed, "score head"))
@@ -151,7 +154,7 @@ def _explain(path: str, loader: Any, *args: Any, **options: Any) -> Any:
 
 
 def _attention(job: Job) -> str:
-    return "flex_attention" if job.device.type == "cuda" else "sdpa"
+    return "flex_attention" if job.device.type == "cuda" else segments.NAME
 
 
 def _lacks_tokenizer(path: str) -> bool:
@@ -193,9 +196,8 @@ def hidden_states(model: PreTrainedModel, rows: Rows) -> Float[Tensor, "RT D"]:
     """Run the backbone (no head) on packed rows and lay the rows end to end."""
     base = adapters.unwrap(model)
     backbone = base.base_model
-    mask = attention_mask(base.config, rows)
-    rows_in = rows.tokens
-    output = backbone(input_ids=rows_in, attention_mask=mask, position_ids=rows.positions, use_cache=False)
+    inputs = attention_inputs(base.config, rows)
+    output = backbone(input_ids=rows.tokens, position_ids=rows.positions, use_cache=False, **inputs)
     return output.last_hidden_state.flatten(0, 1)  # type: ignore[no-any-return]  # [R*T, D]
 
 

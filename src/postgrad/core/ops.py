@@ -63,7 +63,9 @@ def matmul_dtype(tensor: Tensor) -> torch.dtype:
 
 def _project(hidden: Tensor, head: Head) -> Tensor:
     """Compute logits; [n, D] -> [n, V]."""
-    logits = F.linear(hidden, head.weight.to(hidden.dtype), None if head.bias is None else head.bias.to(hidden.dtype))
+    logits = F.linear(
+        hidden, head.weight.to(hidden.dtype), None if head.bias is None else head.bias.to(hidden.dtype)
+    )
     if head.scale != 1.0:
         logits = logits * head.scale
     return head.cap * torch.tanh(logits / head.cap) if head.cap else logits
@@ -90,7 +92,9 @@ class _Gradients:
     def __init__(self, hidden: Tensor, head: Head, needs: tuple[bool, bool, bool]) -> None:
         self.hidden = torch.empty_like(hidden) if needs[0] else None
         self.weight = torch.zeros_like(head.weight, dtype=torch.float32) if needs[1] else None
-        self.bias = torch.zeros_like(head.bias, dtype=torch.float32) if needs[2] and head.bias is not None else None
+        self.bias = (
+            torch.zeros_like(head.bias, dtype=torch.float32) if needs[2] and head.bias is not None else None
+        )
 
     def add(self, tile: slice, gradient: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Add the share of one tile; ``gradient`` [n, V], ``hidden`` [n, D] and ``weight`` [V, D] of one dtype."""
@@ -104,7 +108,9 @@ class _Gradients:
         if self.bias is not None:
             self.bias += gradient.sum(0)
 
-    def finish(self, head: Head, scale: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def finish(
+        self, head: Head, scale: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the three gradients in their parameters' dtypes, times a scale."""
         parts = (self.hidden, self.weight, self.bias)
         if scale is not None:

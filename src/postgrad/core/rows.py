@@ -22,9 +22,12 @@ from torch import Tensor
 
 from postgrad.core.config import DataConfig, TrainConfig
 from postgrad.core.runtime import Job, stage_seed
+from postgrad.core.segments import Segment
 
 Layout = Literal["tree", "flat"]
 PADDING = -1
+CALL_COST = 512
+"""What one attention call costs beside its work, in query-key pairs (measured on a CPU, 8 heads)."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Rows:
     layout: Layout
     num_tokens: int
     """Real tokens, padding not counted."""
+    segments: tuple[Segment, ...] | None = None
+    """Lengths of the trees, when all stand in one row: attention can then run without a mask."""
 
     @property
     def num_sequences(self) -> int:
@@ -88,7 +93,9 @@ class Rows:
     def to(self, device: torch.device) -> "Rows":
         """Move every tensor to a device."""
         values = {f.name: self.__dict__[f.name] for f in fields(self)}
-        return Rows(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()})
+        return Rows(
+            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()}
+        )
 
 
 def tree_mask(group: Int[Tensor, "R T"], branch: Int[Tensor, "R T"]) -> Bool[Tensor, "R 1 T T"]:
@@ -97,7 +104,9 @@ def tree_mask(group: Int[Tensor, "R T"], branch: Int[Tensor, "R T"]) -> Bool[Ten
     Causal, within one tree, and into the prompt or the own answer only. A padding token sees padding, so no row of
     the mask is empty.
     """
-    causal = torch.ones(group.shape[1], group.shape[1], dtype=torch.bool, device=group.device).tril()  # [T, T]
+    causal = torch.ones(
+        group.shape[1], group.shape[1], dtype=torch.bool, device=group.device
+    ).tril()  # [T, T]
     same_tree = group[:, :, None] == group[:, None, :]  # [R, T, T]
     open_branch = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])  # [R, T, T]
     return (causal & same_tree & open_branch)[:, None]  # [R, 1, T, T]
@@ -133,7 +142,13 @@ def first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 
 def pack(
-    trees: Sequence[Tree], index: Sequence[int], *, row_length: int, layout: Layout, pad_id: int, multiple: int = 8
+    trees: Sequence[Tree],
+    index: Sequence[int],
+    *,
+    row_length: int,
+    layout: Layout,
+    pad_id: int,
+    multiple: int = 8,
 ) -> Rows:
     """Pack the trees at ``index`` into one micro-batch.
 
@@ -146,7 +161,11 @@ def pack(
     for i in index:
         units += [trees[i]] if layout == "tree" else flatten(trees[i])
     lengths = [unit.num_tokens for unit in units]
-    bins = [[i] for i in range(len(units))] if layout == "flat" else first_fit(lengths, max(row_length, max(lengths)))
+    bins = (
+        [[i] for i in range(len(units))]
+        if layout == "flat"
+        else first_fit(lengths, max(row_length, max(lengths)))
+    )
     used = max(sum(lengths[i] for i in members) for members in bins)
     width = -(-used // multiple) * multiple
     grid = np.zeros((4, len(bins), width), dtype=np.int64)  # tokens, positions, group, branch
@@ -161,7 +180,9 @@ def pack(
             column += lengths[i]
     source, target, sequence, ends = _targets(units, start)
     tensors = [torch.from_numpy(part) for part in grid]
-    return Rows(*tensors, source, target, sequence, ends, tuple(index), layout, sum(lengths))
+    one_row = [(len(units[i].prompt), tuple(map(len, units[i].answers))) for i in bins[0]]
+    segments = tuple(one_row) if layout == "tree" and len(bins) == 1 else None
+    return Rows(*tensors, source, target, sequence, ends, tuple(index), layout, sum(lengths), segments)
 
 
 def _lay(place: np.ndarray, tree: Tree, group: int) -> None:
@@ -197,7 +218,9 @@ def _targets(units: Sequence[Tree], start: np.ndarray) -> tuple[Tensor, Tensor, 
         at = last_of_prompt + 1
         for answer in unit.answers:
             positions = np.arange(at - 1, at - 1 + len(answer))
-            positions[:1] = last_of_prompt  # the first token of every answer is predicted by the prompt's last
+            positions[:1] = (
+                last_of_prompt  # the first token of every answer is predicted by the prompt's last
+            )
             source.append(positions)
             target.append(np.asarray(answer, dtype=np.int64))
             counts.append(len(answer))
@@ -209,12 +232,18 @@ def _targets(units: Sequence[Tree], start: np.ndarray) -> tuple[Tensor, Tensor, 
 
 
 def micro_batches(
-    trees: Sequence[Tree], index: Sequence[int], *, row_length: int, micro_tokens: int, layout: Layout, pad_id: int
+    trees: Sequence[Tree],
+    index: Sequence[int],
+    *,
+    row_length: int,
+    micro_tokens: int,
+    layout: Layout,
+    pad_id: int,
 ) -> list[Rows]:
     """Split trees into micro-batches of about ``micro_tokens`` packed tokens, longest trees first.
 
-    ``row_length`` 0 makes rows as narrow as the longest tree of the micro-batch (attention costs the square of the
-    width where masks are dense); otherwise it is the least width.
+    ``row_length`` is the least width of a row; 0 takes what attention on a CPU is cheapest with: rows as narrow as
+    the longest tree, or all trees in one row that is attended tree by tree.
     """
     order = sorted(index, key=lambda i: (-_width(trees[i], layout), i))
     batches: list[Rows] = []
@@ -222,13 +251,26 @@ def micro_batches(
     while at < len(order):
         width = max(row_length, _width(trees[order[at]], layout))
         end, tokens = at, 0
-        while end < len(order) and (end == at or tokens + _load(trees[order[end]], layout, width) <= micro_tokens):
+        while end < len(order) and (
+            end == at or tokens + _load(trees[order[end]], layout, width) <= micro_tokens
+        ):
             tokens += _load(trees[order[end]], layout, width)
             end += 1
         members = sorted(order[at:end])
+        if not row_length and layout == "tree":
+            width = _cheaper_width([trees[i] for i in members], width)
         batches.append(pack(trees, members, row_length=width, layout=layout, pad_id=pad_id))
         at = end
     return batches
+
+
+def _cheaper_width(trees: Sequence[Tree], narrow: int) -> int:
+    """Weigh many narrow rows under a dense mask against one long row attended tree by tree (core/segments.py)."""
+    total = sum(tree.num_tokens for tree in trees)
+    dense = -(-total // narrow) * narrow**2
+    exact = sum(len(t.prompt) ** 2 + sum(len(a) * (len(t.prompt) + len(a)) for a in t.answers) for t in trees)
+    calls = sum(1 + len(tree.answers) for tree in trees)
+    return total if exact + CALL_COST * calls < dense else narrow
 
 
 def _width(tree: Tree, layout: Layout) -> int:
@@ -272,7 +314,9 @@ class TreeBatches:
         return [int(orders[p // num_trees][p % num_trees]) for p in places]
 
     def _order(self, epoch: int) -> np.ndarray:
-        return np.random.Generator(np.random.Philox(stage_seed(self.seed, "order", epoch))).permutation(len(self.trees))
+        return np.random.Generator(np.random.Philox(stage_seed(self.seed, "order", epoch))).permutation(
+            len(self.trees)
+        )
 
     def __getitem__(self, step: int) -> list[Rows]:
         """Pack this rank's share of a step; trees are dealt by length so that ranks work alike."""
@@ -312,7 +356,12 @@ def eval_batches(
 ) -> list[Rows]:
     """Batch trees once each, for scoring and evaluation; ``Rows.index`` says which."""
     return micro_batches(
-        trees, range(len(trees)), row_length=row_length, micro_tokens=micro_tokens, layout=layout, pad_id=pad_id
+        trees,
+        range(len(trees)),
+        row_length=row_length,
+        micro_tokens=micro_tokens,
+        layout=layout,
+        pad_id=pad_id,
     )
 
 

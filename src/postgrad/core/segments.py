@@ -1,0 +1,92 @@
+"""Tree attention without a mask: one call a prompt and one an answer, over exactly the keys it may see.
+
+A dense mask costs the square of the row's width. Here a row of many trees costs the sum of their own squares, and
+the causal kernel skips the half it may not see. Registered with transformers as the attention "postgrad_tree"; called
+without segments (generation, padded rows) it is transformers' own SDPA attention.
+
+Letters: H heads, K key-value heads, T tokens of the row, P prompt tokens, A answer tokens, E width of a head.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "postgrad_tree"
+
+Segment = tuple[int, tuple[int, ...]]
+"""Length of a tree's prompt and of each of its answers; trees follow one another from the start of the row."""
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Float[Tensor, "R H T E"],
+    key: Float[Tensor, "R K T E"],
+    value: Float[Tensor, "R K T E"],
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend within the segments given as ``segments``; [R, T, H, E] as transformers expects of an attention."""
+    segments = options.pop("segments", None)
+    if segments is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    assert query.shape[0] == 1, "segments describe one row"
+    window = options.get("sliding_window") or 0
+    sizes = [size for num_prompt, answers in segments for size in (num_prompt, *answers)]
+    sizes.append(query.shape[2] - sum(sizes))  # padding
+    queries, keys, values = (
+        part.split(sizes, dim=2) for part in (query, key, value)
+    )  # its backward is one concat
+    pieces: list[Tensor] = []
+    for num_prompt, answers in segments:
+        at = len(pieces)
+        pieces.append(_attend(queries[at], [keys[at]], [values[at]], window, scaling, dropout))
+        for i in range(at + 1, at + 1 + len(answers)):
+            seen = ([keys[at], keys[i]], [values[at], values[i]])
+            pieces.append(_attend(queries[i], *seen, window, scaling, dropout))
+    pieces.append(torch.zeros_like(queries[-1]))  # padding looks nowhere
+    return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+def _attend(
+    query: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    window: int,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """Let queries, the last of the keys' places, look at every key up to their own; [1, H, A, E]."""
+    key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in (keys, values))
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    offset = key.shape[2] - query.shape[2]
+    narrow = bool(window) and window < key.shape[2]
+    mask = (
+        _causal(query.shape[2], offset, window if narrow else 0, query.device) if offset or narrow else None
+    )
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+    )
+
+
+def _causal(num: int, offset: int, window: int, device: torch.device) -> Bool[Tensor, "A PA"]:
+    """Mask of queries at places offset.. over keys at places 0.."""
+    places = torch.arange(offset, offset + num, device=device)[:, None]
+    keys = torch.arange(offset + num, device=device)[None]
+    seen = keys <= places
+    return seen & (places - keys < window) if window else seen
+
+
+AttentionInterface.register(NAME, tree_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
