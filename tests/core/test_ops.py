@@ -17,9 +17,7 @@ def _case(bias: bool, scale: float, cap: float, num: int = 41, width: int = 8, v
 
 
 def _reference(hidden, head, target):
-    logits = F.linear(
-        hidden.double(), head.weight.double(), None if head.bias is None else head.bias.double()
-    )
+    logits = F.linear(hidden.double(), head.weight.double(), None if head.bias is None else head.bias.double())
     logits = logits * head.scale
     if head.cap:
         logits = head.cap * torch.tanh(logits / head.cap)

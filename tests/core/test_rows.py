@@ -40,13 +40,13 @@ def job(rank: int = 0, world: int = 1, seed: int = 0) -> Job:
 
 def tiny(kind: str = "llama") -> torch.nn.Module:
     torch.manual_seed(0)
-    shape = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     if kind == "gpt2":
         return GPT2LMHeadModel(
             GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=128)
@@ -184,10 +184,7 @@ def test_training_order_is_a_permutation_an_epoch_and_ranks_share_a_step():
     stream = [i for step in range(5) for i in whole.items(step)]
     assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
     assert stream[:10] != stream[10:]
-    halves = [
-        tree_batches(trees, config, job(rank, 2), data=DataConfig(), layout="tree", pad_id=0)
-        for rank in (0, 1)
-    ]
+    halves = [tree_batches(trees, config, job(rank, 2), data=DataConfig(), layout="tree", pad_id=0) for rank in (0, 1)]
     for step in range(5):
         seen = sorted(i for half in halves for rows in half[step] for i in rows.index)
         assert seen == sorted(whole.items(step))
@@ -214,9 +211,7 @@ def test_micro_batch_size_does_not_change_the_gradient():
 
     def gradient(micro_tokens: int) -> list[torch.Tensor]:
         model.zero_grad()
-        for rows in micro_batches(
-            trees, range(8), row_length=0, micro_tokens=micro_tokens, layout="tree", pad_id=0
-        ):
+        for rows in micro_batches(trees, range(8), row_length=0, micro_tokens=micro_tokens, layout="tree", pad_id=0):
             target_logprobs(model, rows).sum().backward()
         return [p.grad.clone() for p in model.parameters()]
 

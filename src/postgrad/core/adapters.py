@@ -23,14 +23,14 @@ def add_lora(
 
     settings = LoraConfig(
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=list(config.lora_targets) or "all-linear",
         task_type=task,
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
     try:
-        return get_peft_model(model, settings)  # type: ignore[return-value, arg-type]
+        return get_peft_model(model, settings)
     except ValueError as error:
         names = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
         raise ModelError(
@@ -49,9 +49,7 @@ def base_of_adapter(folder: str) -> str:
 
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
     if not base:
-        raise ModelError(
-            f"{folder}/adapter_config.json names no base model; set base_model_name_or_path in it"
-        )
+        raise ModelError(f"{folder}/adapter_config.json names no base model; set base_model_name_or_path in it")
     return str(base)
 
 
@@ -59,11 +57,11 @@ def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     """Add the adapter of a folder into the weights of its base."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, folder).merge_and_unload()  # type: ignore[arg-type, operator]
+    return PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
 def unwrap(model: PreTrainedModel) -> PreTrainedModel:
     """Return the transformers model inside a PEFT model, or the model itself."""
     from peft import PeftModel
 
-    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[operator, return-value]
+    return model.get_base_model() if isinstance(model, PeftModel) else model

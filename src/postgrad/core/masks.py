@@ -27,11 +27,9 @@ def attention_inputs(config: PretrainedConfig, rows: Rows) -> dict[str, Any]:
         return {"attention_mask": (rows.group != PADDING).long()}  # [R, T]
     settings = config.get_text_config()
     if rows.segments is not None and settings._attn_implementation == segments.NAME:
-        stub = torch.ones(
-            1, 1, 1, 1, dtype=torch.bool, device=rows.tokens.device
-        )  # 4-D: models pass it on untouched
+        stub = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.tokens.device)  # 4-D: models pass it on untouched
         kinds = set(settings.to_dict().get("layer_types") or ())
-        mask = {kind: stub for kind in kinds} if "sliding_attention" in kinds else stub
+        mask = dict.fromkeys(kinds, stub) if "sliding_attention" in kinds else stub
         return {"attention_mask": mask, "segments": rows.segments}
     return {"attention_mask": _tree_masks(settings, rows)}
 
@@ -42,10 +40,7 @@ def _tree_masks(settings: PretrainedConfig, rows: Rows) -> Mask:
     kinds = set(known.get("layer_types") or ())
     implementation = settings._attn_implementation
     if "sliding_attention" in kinds:
-        return {
-            kind: _one_mask(rows, implementation, window if kind.startswith("sliding") else 0)
-            for kind in kinds
-        }
+        return {kind: _one_mask(rows, implementation, window if kind.startswith("sliding") else 0) for kind in kinds}
     windowed = not kinds and bool(known.get("use_sliding_window", True))
     return _one_mask(rows, implementation, window if windowed else 0)
 
@@ -58,9 +53,7 @@ def _one_mask(rows: Rows, implementation: str, window: int) -> Mask:
         allowed = allowed & within_window(rows.positions, window)
     if implementation in ("sdpa", segments.NAME):
         return allowed
-    return torch.zeros(allowed.shape, device=allowed.device).masked_fill(
-        ~allowed, torch.finfo(torch.float32).min
-    )
+    return torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, torch.finfo(torch.float32).min)
 
 
 def within_window(positions: Int[Tensor, "R T"], window: int) -> Bool[Tensor, "R 1 T T"]:

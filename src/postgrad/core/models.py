@@ -54,9 +54,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_lm(
-    config: ModelConfig, job: Job, *, frozen: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_lm(config: ModelConfig, job: Job, *, frozen: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model (hub name, folder, adapter folder or "tiny") and its tokenizer.
 
     Weights are float32 when they train and the run's dtype when frozen. With ``lora_rank`` only the adapter trains.
@@ -89,9 +87,7 @@ def load_reward_model(
         model = _from_pretrained(AutoModelForSequenceClassification, config, job, frozen, num_labels=1)
         fresh = not _has_head(config.path)
     if "score" not in dict(model.named_children()):
-        raise ModelError(
-            f"{config.path}: a {type(model).__name__} has no `score` head; use a decoder-only model"
-        )
+        raise ModelError(f"{config.path}: a {type(model).__name__} has no `score` head; use a decoder-only model")
     if fresh:
         weight = model.score.weight
         noise = torch.Generator().manual_seed(stage_seed(job.seed, "score head"))
@@ -112,7 +108,7 @@ def _prepare(model: Any, config: ModelConfig, job: Job, frozen: bool, task: Any)
         if config.lora_rank:
             model = adapters.add_lora(model, config, task)
         model.train()
-    return model.to(job.device)  # type: ignore[no-any-return]
+    return model.to(job.device)
 
 
 def _tiny_llama(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
@@ -135,9 +131,7 @@ def _from_pretrained(kind: Any, config: ModelConfig, job: Job, frozen: bool, **l
     dtype = job.dtype if frozen else torch.float32
     adapter = adapters.is_adapter(config.path)
     path = adapters.base_of_adapter(config.path) if adapter else config.path
-    model = _explain(
-        path, kind.from_pretrained, path, dtype=dtype, attn_implementation=_attention(job), **labels
-    )
+    model = _explain(path, kind.from_pretrained, path, dtype=dtype, attn_implementation=_attention(job), **labels)
     return adapters.merge_adapter(model, config.path) if adapter else model
 
 
@@ -166,7 +160,11 @@ def _has_head(path: str) -> bool:
     files = sorted(Path(path).glob("*.safetensors"))
     if not files:
         return not Path(path).is_dir()
-    return any("score" in key for file in files for key in safe_open(file, framework="pt").keys())  # noqa: SIM118
+    keys: list[str] = []
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            keys += weights.keys()
+    return any("score" in key for key in keys)
 
 
 def _use_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -188,8 +186,8 @@ def head_of(model: PreTrainedModel) -> Head:
         raise ModelError(f"{type(base).__name__} has no output embedding; a causal language model is needed")
     known = base.config.get_text_config().to_dict()
     scale = (known.get("logit_scale") or 1.0) / (known.get("logits_scaling") or 1.0)
-    bias = dict(layer.named_parameters(recurse=False)).get("bias")
-    return Head(layer.weight, bias, float(scale), float(known.get("final_logit_softcapping") or 0.0))  # type: ignore[arg-type]
+    own = dict(layer.named_parameters(recurse=False))
+    return Head(own["weight"], own.get("bias"), float(scale), float(known.get("final_logit_softcapping") or 0.0))
 
 
 def hidden_states(model: PreTrainedModel, rows: Rows) -> Float[Tensor, "RT D"]:
@@ -198,10 +196,11 @@ def hidden_states(model: PreTrainedModel, rows: Rows) -> Float[Tensor, "RT D"]:
     backbone = base.base_model
     inputs = attention_inputs(base.config, rows)
     output = backbone(input_ids=rows.tokens, position_ids=rows.positions, use_cache=False, **inputs)
-    return output.last_hidden_state.flatten(0, 1)  # type: ignore[no-any-return]  # [R*T, D]
+    states: Tensor = output.last_hidden_state
+    return states.flatten(0, 1)  # [R*T, D]
 
 
-def target_logprobs(model: PreTrainedModel, rows: Rows) -> Float[Tensor, "N"]:
+def target_logprobs(model: PreTrainedModel, rows: Rows) -> Float[Tensor, " N"]:
     """Return the log-probability of every target token, in nats."""
     return token_logprobs(hidden_states(model, rows)[rows.source], head_of(model), rows.target)
 
@@ -211,15 +210,16 @@ def target_nll(model: PreTrainedModel, rows: Rows) -> Float[Tensor, ""]:
     return token_nll(hidden_states(model, rows)[rows.source], head_of(model), rows.target)
 
 
-def sequence_logprobs(model: PreTrainedModel, rows: Rows) -> Float[Tensor, "S"]:
+def sequence_logprobs(model: PreTrainedModel, rows: Rows) -> Float[Tensor, " S"]:
     """Return the summed log-probability of every sequence, in nats."""
     return sum_by_sequence(target_logprobs(model, rows), rows.sequence, rows.num_sequences)
 
 
-def sequence_scores(model: PreTrainedModel, rows: Rows) -> Float[Tensor, "S"]:
+def sequence_scores(model: PreTrainedModel, rows: Rows) -> Float[Tensor, " S"]:
     """Return the reward of every sequence: the scalar head at its last token."""
     last = hidden_states(model, rows)[rows.ends]  # [S, D]
-    return adapters.unwrap(model).score(last)[:, 0].float()  # type: ignore[operator, no-any-return]  # [S]
+    scores: Tensor = adapters.unwrap(model).score(last)  # [S, 1]
+    return scores[:, 0].float()
 
 
 @torch.no_grad()
@@ -230,7 +230,7 @@ def choose_layout(config: ModelConfig, model: PreTrainedModel, job: Job) -> Layo
     """
     if config.layout == "flat":
         return "flat"
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, operator, index]
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = torch.randint(vocabulary, (24,), generator=torch.Generator().manual_seed(0)).tolist()
     tree = Tree(tuple(tokens[:9]), (tuple(tokens[9:16]), tuple(tokens[16:])))
     found = {layout: _probe(model, tree, layout, job) for layout in ("tree", "flat")}
@@ -299,5 +299,5 @@ def planned_parameters(config: ModelConfig) -> tuple[int, int]:
 
 
 def training_memory_gib(total: int, trainable: int) -> float:
-    """Estimate memory of weights, gradients and AdamW states in GiB, activations left out: 4 bytes + 12 a trained one."""
+    """Estimate memory of weights, gradients and AdamW states in GiB, without activations: 4 bytes, 16 if trained."""
     return (4 * total + 12 * trainable) / 2**30

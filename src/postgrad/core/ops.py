@@ -23,14 +23,14 @@ class Head:
     """The output projection of a language model: ``scale * (h W^T + b)``, then ``cap * tanh(. / cap)`` if capped."""
 
     weight: Float[Tensor, "V D"]
-    bias: Float[Tensor, "V"] | None = None
+    bias: Float[Tensor, " V"] | None = None
     scale: float = 1.0
     cap: float = 0.0
 
 
 def token_logprobs(
-    hidden: Float[Tensor, "N D"], head: Head, target: Int[Tensor, "N"], *, whole: int = WHOLE_ELEMENTS
-) -> Float[Tensor, "N"]:
+    hidden: Float[Tensor, "N D"], head: Head, target: Int[Tensor, " N"], *, whole: int = WHOLE_ELEMENTS
+) -> Float[Tensor, " N"]:
     """Return log softmax(logits)[target] of each token, in nats and float32.
 
     Tiles of tokens are projected, reduced and dropped; the backward pass projects them again and adds the weight
@@ -38,19 +38,19 @@ def token_logprobs(
     """
     if hidden.shape[0] * head.weight.shape[0] <= whole:
         return -F.cross_entropy(_project(hidden, head).float(), target, reduction="none")
-    return _TiledLogprobs.apply(hidden, head.weight, head.bias, target, head)  # type: ignore[no-any-return]
+    return _TiledLogprobs.apply(hidden, head.weight, head.bias, target, head)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def token_nll(hidden: Float[Tensor, "N D"], head: Head, target: Int[Tensor, "N"]) -> Float[Tensor, ""]:
+def token_nll(hidden: Float[Tensor, "N D"], head: Head, target: Int[Tensor, " N"]) -> Float[Tensor, ""]:
     """Return the summed negative log-likelihood of the targets, in nats and float32.
 
     Equals ``-token_logprobs(...).sum()``. Since every token has the same share in the sum, the gradients are made in
     the forward pass and no logit is computed twice.
     """
-    return _TiledNll.apply(hidden, head.weight, head.bias, target, head)  # type: ignore[no-any-return]
+    return _TiledNll.apply(hidden, head.weight, head.bias, target, head)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def sum_by_sequence(values: Float[Tensor, "N"], sequence: Int[Tensor, "N"], num: int) -> Float[Tensor, "S"]:
+def sum_by_sequence(values: Float[Tensor, " N"], sequence: Int[Tensor, " N"], num: int) -> Float[Tensor, " S"]:
     """Add up the values of each sequence; an empty sequence sums to 0."""
     return values.new_zeros(num).index_add(0, sequence, values)
 
@@ -63,9 +63,7 @@ def matmul_dtype(tensor: Tensor) -> torch.dtype:
 
 def _project(hidden: Tensor, head: Head) -> Tensor:
     """Compute logits; [n, D] -> [n, V]."""
-    logits = F.linear(
-        hidden, head.weight.to(hidden.dtype), None if head.bias is None else head.bias.to(hidden.dtype)
-    )
+    logits = F.linear(hidden, head.weight.to(hidden.dtype), None if head.bias is None else head.bias.to(hidden.dtype))
     if head.scale != 1.0:
         logits = logits * head.scale
     return head.cap * torch.tanh(logits / head.cap) if head.cap else logits
@@ -92,9 +90,7 @@ class _Gradients:
     def __init__(self, hidden: Tensor, head: Head, needs: tuple[bool, bool, bool]) -> None:
         self.hidden = torch.empty_like(hidden) if needs[0] else None
         self.weight = torch.zeros_like(head.weight, dtype=torch.float32) if needs[1] else None
-        self.bias = (
-            torch.zeros_like(head.bias, dtype=torch.float32) if needs[2] and head.bias is not None else None
-        )
+        self.bias = torch.zeros_like(head.bias, dtype=torch.float32) if needs[2] and head.bias is not None else None
 
     def add(self, tile: slice, gradient: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Add the share of one tile; ``gradient`` [n, V], ``hidden`` [n, D] and ``weight`` [V, D] of one dtype."""
@@ -108,9 +104,7 @@ class _Gradients:
         if self.bias is not None:
             self.bias += gradient.sum(0)
 
-    def finish(
-        self, head: Head, scale: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def finish(self, head: Head, scale: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the three gradients in their parameters' dtypes, times a scale."""
         parts = (self.hidden, self.weight, self.bias)
         if scale is not None:
@@ -122,9 +116,7 @@ class _Gradients:
 
 class _TiledLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, head: Head
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, head: Head) -> Tensor:
         ctx.head, ctx.dtype = head, matmul_dtype(hidden)
         narrow, cast = hidden.to(ctx.dtype), _cast(head, ctx.dtype)
         lse = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)  # [N]
@@ -151,9 +143,7 @@ class _TiledLogprobs(torch.autograd.Function):
 
 class _TiledNll(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, head: Head
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, head: Head) -> Tensor:
         dtype = matmul_dtype(hidden)
         narrow, cast = hidden.to(dtype), _cast(head, dtype)
         needs = ctx.needs_input_grad[:3]

@@ -12,8 +12,8 @@ sequence a row) for models that cannot take a custom mask.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -67,10 +67,10 @@ class Rows:
     """Number of the tree within its row, -1 for padding."""
     branch: Int[Tensor, "R T"]
     """0 for the prompt, k for its k-th answer."""
-    source: Int[Tensor, "N"]
-    target: Int[Tensor, "N"]
-    sequence: Int[Tensor, "N"]
-    ends: Int[Tensor, "S"]
+    source: Int[Tensor, " N"]
+    target: Int[Tensor, " N"]
+    sequence: Int[Tensor, " N"]
+    ends: Int[Tensor, " S"]
     """Flat position of the last token of each sequence."""
     index: tuple[int, ...]
     """Which tree of the list given each group of sequences belongs to."""
@@ -86,16 +86,15 @@ class Rows:
         return int(self.ends.shape[0])
 
     @property
-    def lengths(self) -> Int[Tensor, "S"]:
+    def lengths(self) -> Int[Tensor, " S"]:
         """Target tokens of each sequence."""
         return torch.bincount(self.sequence, minlength=self.num_sequences)
 
     def to(self, device: torch.device) -> "Rows":
         """Move every tensor to a device."""
-        values = {f.name: self.__dict__[f.name] for f in fields(self)}
-        return Rows(
-            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()}
-        )
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return replace(self, **moved)
 
 
 def tree_mask(group: Int[Tensor, "R T"], branch: Int[Tensor, "R T"]) -> Bool[Tensor, "R 1 T T"]:
@@ -104,9 +103,7 @@ def tree_mask(group: Int[Tensor, "R T"], branch: Int[Tensor, "R T"]) -> Bool[Ten
     Causal, within one tree, and into the prompt or the own answer only. A padding token sees padding, so no row of
     the mask is empty.
     """
-    causal = torch.ones(
-        group.shape[1], group.shape[1], dtype=torch.bool, device=group.device
-    ).tril()  # [T, T]
+    causal = torch.ones(group.shape[1], group.shape[1], dtype=torch.bool, device=group.device).tril()  # [T, T]
     same_tree = group[:, :, None] == group[:, None, :]  # [R, T, T]
     open_branch = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])  # [R, T, T]
     return (causal & same_tree & open_branch)[:, None]  # [R, 1, T, T]
@@ -161,11 +158,7 @@ def pack(
     for i in index:
         units += [trees[i]] if layout == "tree" else flatten(trees[i])
     lengths = [unit.num_tokens for unit in units]
-    bins = (
-        [[i] for i in range(len(units))]
-        if layout == "flat"
-        else first_fit(lengths, max(row_length, max(lengths)))
-    )
+    bins = [[i] for i in range(len(units))] if layout == "flat" else first_fit(lengths, max(row_length, max(lengths)))
     used = max(sum(lengths[i] for i in members) for members in bins)
     width = -(-used // multiple) * multiple
     grid = np.zeros((4, len(bins), width), dtype=np.int64)  # tokens, positions, group, branch
@@ -179,10 +172,23 @@ def pack(
             start[i] = row * width + column
             column += lengths[i]
     source, target, sequence, ends = _targets(units, start)
-    tensors = [torch.from_numpy(part) for part in grid]
+    tokens, positions, group_of, branch_of = (torch.from_numpy(part) for part in grid)
     one_row = [(len(units[i].prompt), tuple(map(len, units[i].answers))) for i in bins[0]]
     segments = tuple(one_row) if layout == "tree" and len(bins) == 1 else None
-    return Rows(*tensors, source, target, sequence, ends, tuple(index), layout, sum(lengths), segments)
+    return Rows(
+        tokens=tokens,
+        positions=positions,
+        group=group_of,
+        branch=branch_of,
+        source=source,
+        target=target,
+        sequence=sequence,
+        ends=ends,
+        index=tuple(index),
+        layout=layout,
+        num_tokens=sum(lengths),
+        segments=segments,
+    )
 
 
 def _lay(place: np.ndarray, tree: Tree, group: int) -> None:
@@ -218,9 +224,7 @@ def _targets(units: Sequence[Tree], start: np.ndarray) -> tuple[Tensor, Tensor, 
         at = last_of_prompt + 1
         for answer in unit.answers:
             positions = np.arange(at - 1, at - 1 + len(answer))
-            positions[:1] = (
-                last_of_prompt  # the first token of every answer is predicted by the prompt's last
-            )
+            positions[:1] = last_of_prompt  # the first token of every answer is predicted by the prompt's last
             source.append(positions)
             target.append(np.asarray(answer, dtype=np.int64))
             counts.append(len(answer))
@@ -251,9 +255,7 @@ def micro_batches(
     while at < len(order):
         width = max(row_length, _width(trees[order[at]], layout))
         end, tokens = at, 0
-        while end < len(order) and (
-            end == at or tokens + _load(trees[order[end]], layout, width) <= micro_tokens
-        ):
+        while end < len(order) and (end == at or tokens + _load(trees[order[end]], layout, width) <= micro_tokens):
             tokens += _load(trees[order[end]], layout, width)
             end += 1
         members = sorted(order[at:end])
@@ -314,9 +316,7 @@ class TreeBatches:
         return [int(orders[p // num_trees][p % num_trees]) for p in places]
 
     def _order(self, epoch: int) -> np.ndarray:
-        return np.random.Generator(np.random.Philox(stage_seed(self.seed, "order", epoch))).permutation(
-            len(self.trees)
-        )
+        return np.random.Generator(np.random.Philox(stage_seed(self.seed, "order", epoch))).permutation(len(self.trees))
 
     def __getitem__(self, step: int) -> list[Rows]:
         """Pack this rank's share of a step; trees are dealt by length so that ranks work alike."""

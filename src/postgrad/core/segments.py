@@ -36,18 +36,17 @@ def tree_attention(
     """Attend within the segments given as ``segments``; [R, T, H, E] as transformers expects of an attention."""
     segments = options.pop("segments", None)
     if segments is None:
-        return sdpa_attention_forward(
+        plain: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
+        return plain
     assert query.shape[0] == 1, "segments describe one row"
     window = options.get("sliding_window") or 0
     sizes = [size for num_prompt, answers in segments for size in (num_prompt, *answers)]
     sizes.append(query.shape[2] - sum(sizes))  # padding
-    queries, keys, values = (
-        part.split(sizes, dim=2) for part in (query, key, value)
-    )  # its backward is one concat
+    queries, keys, values = (torch.split(part, sizes, dim=2) for part in (query, key, value))
     pieces: list[Tensor] = []
-    for num_prompt, answers in segments:
+    for _, answers in segments:
         at = len(pieces)
         pieces.append(_attend(queries[at], [keys[at]], [values[at]], window, scaling, dropout))
         for i in range(at + 1, at + 1 + len(answers)):
@@ -72,9 +71,7 @@ def _attend(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     offset = key.shape[2] - query.shape[2]
     narrow = bool(window) and window < key.shape[2]
-    mask = (
-        _causal(query.shape[2], offset, window if narrow else 0, query.device) if offset or narrow else None
-    )
+    mask = _causal(query.shape[2], offset, window if narrow else 0, query.device) if offset or narrow else None
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
     )
