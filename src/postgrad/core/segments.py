@@ -4,7 +4,8 @@ A dense mask costs the square of the row's width. Here a row of many trees costs
 the causal kernel skips the half it may not see. Registered with transformers as the attention "postgrad_tree"; called
 without segments (generation, padded rows) it is transformers' own SDPA attention.
 
-Letters: H heads, K key-value heads, T tokens of the row, P prompt tokens, A answer tokens, E width of a head.
+Letters: H heads, K key-value heads, T tokens of the row, S keys (T and those of a cache), P prompt tokens,
+A answer tokens, E width of a head.
 """
 
 from typing import Any
@@ -26,8 +27,8 @@ Segment = tuple[int, tuple[int, ...]]
 def tree_attention(
     module: nn.Module,
     query: Float[Tensor, "R H T E"],
-    key: Float[Tensor, "R K T E"],
-    value: Float[Tensor, "R K T E"],
+    key: Float[Tensor, "R K S E"],
+    value: Float[Tensor, "R K S E"],
     attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
