@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}"""
@@ -54,11 +54,16 @@ class ResponseSet:
     scores: tuple[float, ...] = ()
 
 
-class Loaded(NamedTuple, Generic[Item]):
+@dataclass(frozen=True)
+class Loaded(Generic[Item]):
     """Items and where the others went: counts of rows read, kept, and dropped for each reason."""
 
     items: list[Item]
     counts: dict[str, int]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Unpack as ``items, counts``."""
+        return iter((self.items, self.counts))
 
 
 def content_hash(value: object) -> str:
