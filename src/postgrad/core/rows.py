@@ -41,6 +41,8 @@ class Tree:
     prompt: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...] = ()
     supervised: tuple[bool, ...] = ()
+    weight: float = 1.0
+    """How much the tree counts in a weighted loss; packing takes no notice."""
 
     @property
     def num_tokens(self) -> int:

@@ -8,7 +8,7 @@ straddles the border, and training, scoring and sampling see the same ids.
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
@@ -126,7 +126,7 @@ def conversation_trees(
         for (i, messages), one in zip(waiting, encoded, strict=True):
             shorter = _shorter_conversation(messages, one, data)
             if isinstance(shorter, Tree):
-                trees[i] = shorter
+                trees[i] = replace(shorter, weight=examples[i].weight)
                 cut = len(shorter.prompt) < len(one.tokens)
                 counts["shortened"] += cut or messages is not examples[i].messages
             elif shorter:
