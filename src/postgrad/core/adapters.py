@@ -6,6 +6,7 @@ Source: Hu et al. 2021 (arXiv 2106.09685); the formats are peft's own.
 from pathlib import Path
 from typing import Literal
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from postgrad.core.config import ModelConfig
@@ -14,7 +15,7 @@ from postgrad.errors import ModelError
 
 def add_lora(
     model: PreTrainedModel, config: ModelConfig, task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
-) -> PreTrainedModel:
+) -> nn.Module:
     """Freeze the model and add trainable low-rank pairs to its linear layers (all of the blocks by default).
 
     Raises: ModelError: none of ``lora_targets`` names a linear layer of the model.
@@ -30,12 +31,13 @@ def add_lora(
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
     try:
-        return get_peft_model(model, settings)
+        adapted: nn.Module = get_peft_model(model, settings)
     except ValueError as error:
         names = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
         raise ModelError(
             f"no LoRA target among {config.lora_targets}: {error}. The model's modules: {names}"
         ) from error
+    return adapted
 
 
 def is_adapter(folder: str) -> bool:
@@ -60,8 +62,10 @@ def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     return PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
-def unwrap(model: PreTrainedModel) -> PreTrainedModel:
+def unwrap(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model inside a PEFT model, or the model itself."""
     from peft import PeftModel
 
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel), f"a transformers model is needed, not a {type(base).__name__}"
+    return base

@@ -65,11 +65,12 @@ def _block_mask(rows: Rows, window: int) -> Mask:
     from torch.nn.attention.flex_attention import create_block_mask
 
     group, branch, positions = rows.group, rows.branch, rows.positions
-
-    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        tree = (query >= key) & (group[row, query] == group[row, key])
-        tree = tree & ((branch[row, key] == 0) | (branch[row, key] == branch[row, query]))
-        return tree & (positions[row, query] - positions[row, key] < window) if window else tree
-
+    reach = window or rows.tokens.shape[1]
+    allowed = lambda row, head, query, key: (  # noqa: E731, its bare arguments are what FlexAttention counts
+        (query >= key)
+        & (group[row, query] == group[row, key])
+        & ((branch[row, key] == 0) | (branch[row, key] == branch[row, query]))
+        & (positions[row, query] - positions[row, key] < reach)
+    )
     num_rows, width = rows.tokens.shape
     return create_block_mask(allowed, num_rows, None, width, width, device=str(rows.tokens.device))

@@ -54,7 +54,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_lm(config: ModelConfig, job: Job, *, frozen: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_lm(config: ModelConfig, job: Job, *, frozen: bool = False) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a causal language model (hub name, folder, adapter folder or "tiny") and its tokenizer.
 
     Weights are float32 when they train and the run's dtype when frozen. With ``lora_rank`` only the adapter trains.
@@ -71,7 +71,7 @@ def load_lm(config: ModelConfig, job: Job, *, frozen: bool = False) -> tuple[Pre
 
 def load_reward_model(
     config: ModelConfig, job: Job, *, frozen: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a model with one scalar head (``score``); a causal model's folder gets a new head, drawn from the seed.
 
     The new head starts at standard deviation 1 / (D + 1) (Stiennon et al. 2020).
@@ -97,7 +97,7 @@ def load_reward_model(
     return _prepare(model, config, job, frozen, "SEQ_CLS"), tokenizer
 
 
-def _prepare(model: Any, config: ModelConfig, job: Job, frozen: bool, task: Any) -> PreTrainedModel:
+def _prepare(model: Any, config: ModelConfig, job: Job, frozen: bool, task: Any) -> nn.Module:
     """Freeze, inject LoRA, set checkpointing and move to the device."""
     if frozen:
         model.requires_grad_(False).eval()
@@ -108,7 +108,8 @@ def _prepare(model: Any, config: ModelConfig, job: Job, frozen: bool, task: Any)
         if config.lora_rank:
             model = adapters.add_lora(model, config, task)
         model.train()
-    return model.to(job.device)
+    placed: nn.Module = model.to(job.device)
+    return placed
 
 
 def _tiny_llama(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
@@ -119,7 +120,8 @@ def _tiny_llama(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     settings = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=config.tiny_width, intermediate_size=config.tiny_width * 8 // 3,
         num_hidden_layers=config.tiny_layers, num_attention_heads=heads, num_key_value_heads=heads,
-        max_position_embeddings=TINY_POSITIONS, tie_word_embeddings=True, attention_dropout=0.0,
+        max_position_embeddings=TINY_POSITIONS, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stage_seed(seed, "tiny llama"))
@@ -178,7 +180,7 @@ def _use_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
             model.generation_config.eos_token_id = tokenizer.eos_token_id
 
 
-def head_of(model: PreTrainedModel) -> Head:
+def head_of(model: nn.Module) -> Head:
     """Find the output projection of a causal language model, with its bias, scale and soft cap."""
     base = adapters.unwrap(model)
     layer = base.get_output_embeddings()
@@ -190,7 +192,7 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(own["weight"], own.get("bias"), float(scale), float(known.get("final_logit_softcapping") or 0.0))
 
 
-def hidden_states(model: PreTrainedModel, rows: Rows) -> Float[Tensor, "RT D"]:
+def hidden_states(model: nn.Module, rows: Rows) -> Float[Tensor, "RT D"]:
     """Run the backbone (no head) on packed rows and lay the rows end to end."""
     base = adapters.unwrap(model)
     backbone = base.base_model
@@ -200,22 +202,22 @@ def hidden_states(model: PreTrainedModel, rows: Rows) -> Float[Tensor, "RT D"]:
     return states.flatten(0, 1)  # [R*T, D]
 
 
-def target_logprobs(model: PreTrainedModel, rows: Rows) -> Float[Tensor, " N"]:
+def target_logprobs(model: nn.Module, rows: Rows) -> Float[Tensor, " N"]:
     """Return the log-probability of every target token, in nats."""
     return token_logprobs(hidden_states(model, rows)[rows.source], head_of(model), rows.target)
 
 
-def target_nll(model: PreTrainedModel, rows: Rows) -> Float[Tensor, ""]:
+def target_nll(model: nn.Module, rows: Rows) -> Float[Tensor, ""]:
     """Return the summed negative log-likelihood of all target tokens, in nats; cheaper than -target_logprobs.sum()."""
     return token_nll(hidden_states(model, rows)[rows.source], head_of(model), rows.target)
 
 
-def sequence_logprobs(model: PreTrainedModel, rows: Rows) -> Float[Tensor, " S"]:
+def sequence_logprobs(model: nn.Module, rows: Rows) -> Float[Tensor, " S"]:
     """Return the summed log-probability of every sequence, in nats."""
     return sum_by_sequence(target_logprobs(model, rows), rows.sequence, rows.num_sequences)
 
 
-def sequence_scores(model: PreTrainedModel, rows: Rows) -> Float[Tensor, " S"]:
+def sequence_scores(model: nn.Module, rows: Rows) -> Float[Tensor, " S"]:
     """Return the reward of every sequence: the scalar head at its last token."""
     last = hidden_states(model, rows)[rows.ends]  # [S, D]
     scores: Tensor = adapters.unwrap(model).score(last)  # [S, 1]
@@ -223,14 +225,14 @@ def sequence_scores(model: PreTrainedModel, rows: Rows) -> Float[Tensor, " S"]:
 
 
 @torch.no_grad()
-def choose_layout(config: ModelConfig, model: PreTrainedModel, job: Job) -> Layout:
+def choose_layout(config: ModelConfig, model: nn.Module, job: Job) -> Layout:
     """Take the layout asked for, or probe: "tree" if a shared prompt gives what separate rows give, else "flat".
 
     Raises: ModelError: "tree" was asked for and the model cannot take it.
     """
     if config.layout == "flat":
         return "flat"
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = adapters.unwrap(model).get_input_embeddings().weight.shape[0]
     tokens = torch.randint(vocabulary, (24,), generator=torch.Generator().manual_seed(0)).tolist()
     tree = Tree(tuple(tokens[:9]), (tuple(tokens[9:16]), tuple(tokens[16:])))
     found = {layout: _probe(model, tree, layout, job) for layout in ("tree", "flat")}
@@ -245,7 +247,7 @@ def choose_layout(config: ModelConfig, model: PreTrainedModel, job: Job) -> Layo
     return "flat"
 
 
-def _probe(model: PreTrainedModel, tree: Tree, layout: Any, job: Job) -> Tensor:
+def _probe(model: nn.Module, tree: Tree, layout: Any, job: Job) -> Tensor:
     """Give what the backbone says of each answer's tokens, or NaN where it refuses the layout."""
     was_training = model.training
     model.eval()
@@ -259,11 +261,12 @@ def _probe(model: PreTrainedModel, tree: Tree, layout: Any, job: Job) -> Tensor:
         model.train(was_training)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a save_pretrained folder (an adapter folder for LoRA) with its tokenizer, atomically."""
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(temporary, safe_serialization=True)
+        writable: Any = model
+        writable.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         if folder.exists():
             shutil.rmtree(folder)

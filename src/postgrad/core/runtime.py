@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import ClassVar, Protocol, Self, TypeVar
+from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -177,10 +177,11 @@ class progress:
         self._silent = job.quiet or job.rank > 0
         self._total, self._label, self._done, self._first = total, label, done, done
         self._console = Console(stderr=True, highlight=False)
+        self._note = ""
         self._bar: Progress | None = None
         self._began = time.monotonic()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "progress":
         """Begin to show."""
         if not self._silent and self._console.is_terminal and not progress._bar_shown:
             progress._bar_shown = True
@@ -204,8 +205,8 @@ class progress:
             progress._bar_shown = False
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        """Count `n` more items as done; a `note` stands behind the bar until the next one."""
-        before, self._done = self._done, self._done + n
+        """Count `n` more items as done; a `note` is shown until the next one."""
+        before, self._done, self._note = self._done, self._done + n, note or self._note
         if self._silent:
             return
         if self._bar is not None:
@@ -214,14 +215,14 @@ class progress:
             if note:
                 self._bar.update(task, note=note)
         elif 10 * before // max(1, self._total) != 10 * self._done // max(1, self._total):
-            self._print_line(note)
+            self._print_line()
 
-    def _print_line(self, note: str) -> None:
+    def _print_line(self) -> None:
         seconds = max(1e-9, time.monotonic() - self._began)
         rate = (self._done - self._first) / seconds
         left = timedelta(seconds=round((self._total - self._done) / rate)) if rate > 0 else "?"
         text = f"{self._label} {self._done}/{self._total}, {_rate_text(rate)}, {left} left"
-        self._console.print(Text(f"{text}, {note}" if note else text), soft_wrap=True)
+        self._console.print(Text(f"{text}, {self._note}" if self._note else text), soft_wrap=True)
 
 
 class _Rate(ProgressColumn):
