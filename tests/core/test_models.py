@@ -167,7 +167,7 @@ def test_state_space_model_falls_back_to_flat_rows():
     torch.manual_seed(0)
     model = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1, state_size=4))
     assert choose_layout(TINY, model, JOB) == "flat"
-    with pytest.raises(ModelError, match="--model.layout flat"):
+    with pytest.raises(ModelError, match=r"--model\.layout flat"):
         choose_layout(replace(TINY, layout="tree"), model, JOB)
 
 
