@@ -49,8 +49,8 @@ def ask(*turns: str) -> list[dict[str, str]]:
         (("double mak",), "makmak", 2 / 6),
         (("pick 5 from lomak",), "kklol", 1.0),
         (("pick 5 from lomak",), "kkzol", 4 / 5),
-        (("count from d and p",), "defpqr", 1.0),
-        (("count from d and p",), "defghi", 1 / 2),
+        (("d and p in turn 5 times",), "dpdpd", 1.0),
+        (("d and p in turn 5 times",), "ddddd", 3 / 5),
         (("copy lomak", "same again"), "lomak", 1.0),
         (("reverse lomak", "same again"), "lomak", 1.0),
         (("copy lomak", "last 5 times"), "kkkkk", 1.0),
@@ -72,24 +72,24 @@ def test_score_refuses_other_prompts() -> None:
 @given(st.integers(0, 10**6))
 def test_perfect_answers_score_one_and_spoiled_ones_less(seed: int) -> None:
     rng = Random(seed)
-    messages = make_prompt(rng, error=0.5, slip=0.5)
+    messages = make_prompt(rng, error=(0.2, 0.8), slip=0.5)
     assert score(messages, perfect_answer(messages, rng)) == 1.0
-    assert score(messages, corrupt(messages, rng, error=1.0, slip=0.0)) == 0.0
-    assert score(messages, corrupt(messages, rng, error=0.0, slip=1.0)) < 1.0
-    assert score(messages, corrupt(messages, rng, error=0.0, slip=0.0)) == 1.0
+    assert score(messages, corrupt(messages, rng, error=(1.0, 1.0), slip=0.0)) == 0.0
+    assert score(messages, corrupt(messages, rng, error=(0.0, 0.0), slip=1.0)) < 1.0
+    assert score(messages, corrupt(messages, rng, error=(0.0, 0.0), slip=0.0)) == 1.0
 
 
 @given(st.integers(0, 10**6), st.text(max_size=20))
 def test_score_stays_in_the_unit_interval(seed: int, response: str) -> None:
-    assert 0.0 <= score(make_prompt(Random(seed), error=0.5, slip=0.1), response) <= 1.0
+    assert 0.0 <= score(make_prompt(Random(seed), error=(0.2, 0.8), slip=0.1), response) <= 1.0
 
 
 def test_demonstrations_are_as_wrong_as_asked() -> None:
     rng = Random(0)
     scores, gaps = [], []
     for _ in range(3000):
-        messages = make_prompt(rng, error=0.5, slip=0.2)
-        answer = corrupt(messages, rng, error=0.5, slip=0.2)
+        messages = make_prompt(rng, error=(0.2, 0.8), slip=0.2)
+        answer = corrupt(messages, rng, error=(0.2, 0.8), slip=0.2)
         scores.append(score(messages, answer))
         gaps.append(len(answer) - len(perfect_answer(messages, rng)))
     assert 0.45 < sum(scores) / len(scores) < 0.51
@@ -98,7 +98,7 @@ def test_demonstrations_are_as_wrong_as_asked() -> None:
 
 def test_every_kind_appears_and_a_quarter_has_two_turns() -> None:
     rng = Random(1)
-    prompts = [make_prompt(rng, error=0.5, slip=0.1) for _ in range(2000)]
+    prompts = [make_prompt(rng, error=(0.2, 0.8), slip=0.1) for _ in range(2000)]
     assert {kind_of(prompt) for prompt in prompts} == {kind.name for kind in KINDS}
     assert 0.2 < sum(len(prompt) > 1 for prompt in prompts) / len(prompts) < 0.35
 

@@ -9,7 +9,7 @@ rarely gives it: what a judge, a reward model and 64 samples can then mend is me
     first of lomak 4 times          -> llll
     double mak                      -> mmaakk
     pick 5 from lomak               -> any five of its letters
-    count from d and p              -> defpqr
+    d and p in turn 5 times         -> dpdpd
     copy lomak / same again         -> lomak     (two turns; the first answer may be wrong)
     double mak / last 5 times       -> kkkkk
 """
@@ -24,6 +24,7 @@ from random import Random
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from postgrad.core.files import atomic_path
 from postgrad.errors import DataError
 
 Message = dict[str, str]
@@ -67,9 +68,7 @@ def word(rng: Random, length: int) -> str:
     return "".join(rng.choice(VOWELS if i % 2 else CONSONANTS) for i in range(length))
 
 
-def _kind(
-    name: str, pattern: str, ask: Callable[[Random], tuple[str, ...]], allowed: Callable[..., Allowed]
-) -> Kind:
+def _kind(name: str, pattern: str, ask: Callable[[Random], tuple[str, ...]], allowed: Callable[..., Allowed]) -> Kind:
     """Build a kind whose `allowed` takes the groups of its pattern."""
     return Kind(name, ask, re.compile(pattern), lambda match: allowed(*match.groups()))
 
@@ -101,10 +100,10 @@ KINDS = (
         lambda n, w: (w,) * int(n),
     ),
     _kind(
-        "count",
-        r"count from ([a-x]) and ([a-x])",
-        lambda r: (f"count from {r.choice(ALPHABET[:24])} and {r.choice(ALPHABET[:24])}",),
-        lambda a, b: tuple(ALPHABET[ALPHABET.index(start) + i] for start in (a, b) for i in range(3)),
+        "turns",
+        r"([a-z]) and ([a-z]) in turn ([4-8]) times",
+        lambda r: (f"{' and '.join(r.sample(ALPHABET, 2))} in turn {r.randint(4, 8)} times",),
+        lambda a, b, n: tuple((a, b)[i % 2] for i in range(int(n))),
     ),
     _kind(
         "again",
@@ -157,23 +156,23 @@ def perfect_answer(messages: Sequence[Message], rng: Random) -> str:
     return "".join(rng.choice(letters) for letters in _find(messages)[1])
 
 
-def corrupt(messages: Sequence[Message], rng: Random, *, error: float, slip: float) -> str:
-    """Return an answer in which each letter is wrong with probability `error`.
+def corrupt(messages: Sequence[Message], rng: Random, *, error: tuple[float, float], slip: float) -> str:
+    """Return an answer in which each letter is wrong with a chance drawn once for the answer.
 
-    Args:  error: chance of a wrong letter, drawn evenly from those not allowed.
+    Args:  error: lowest and highest chance of a wrong letter; a wrong letter is any of those not allowed.
            slip: chance of one letter too few or, as often, too many; so length says nothing.
     """
     allowed = _find(messages)[1]
+    chance = rng.uniform(*error)
     letters = [
-        rng.choice([c for c in ALPHABET if c not in right] if rng.random() < error else right)
-        for right in allowed
+        rng.choice([c for c in ALPHABET if c not in right] if rng.random() < chance else right) for right in allowed
     ]
     if rng.random() < slip:
         letters = letters[:-1] if rng.random() < 0.5 else [*letters, rng.choice(ALPHABET)]
     return "".join(letters)
 
 
-def make_prompt(rng: Random, *, error: float, slip: float) -> list[Message]:
+def make_prompt(rng: Random, *, error: tuple[float, float], slip: float) -> list[Message]:
     """Return a random task, ending with the user; earlier answers are as imperfect as the demonstrations."""
     messages: list[Message] = []
     for turn in rng.choice(KINDS).ask(rng):
@@ -189,7 +188,7 @@ def _key(messages: Sequence[Message]) -> tuple[str, ...]:
 
 
 def write_tasks(
-    folder: Path, seed: int, sizes: TaskSizes, *, error: float = 0.5, slip: float = 0.1
+    folder: Path, seed: int, sizes: TaskSizes, *, error: tuple[float, float] = (0.1, 0.7), slip: float = 0.1
 ) -> dict[str, Path]:
     """Write sft, candidates, set and held_out parquet files; the same arguments give the same bytes.
 
@@ -224,5 +223,6 @@ def write_tasks(
 
 def _write(path: Path, rows: list[list[Message]]) -> Path:
     """Write conversations as one parquet file."""
-    pq.write_table(pa.table({"messages": rows}, schema=SCHEMA), path)
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.table({"messages": rows}, schema=SCHEMA), temporary)
     return path
