@@ -186,7 +186,7 @@ def test_training_sections_put_train_beside_held_out(tmp_path: Path) -> None:
     for step in (1, 2, 2):  # step 2 was repeated after a resume
         log_metrics(tmp_path, {"step": step, "loss": 1.0 / step, "note": "text"})
     log_metrics(tmp_path, {"step": 2, "eval/loss": 0.7, "eval": {"accuracy": 0.5}})
-    log_metrics(tmp_path, {"step": 2, "tokens_per_second": 9.0}, "timing.jsonl")
+    log_metrics(tmp_path, {"step": 2, "tokens_per_second": 9.0, "seconds": 3.0}, "timing.jsonl")
     loss, accuracy, rate = training_sections(tmp_path)
     assert isinstance(loss, Plot) and isinstance(accuracy, Plot) and isinstance(rate, Plot)
     assert [s.name for s in loss.series] == ["loss", "eval/loss"]

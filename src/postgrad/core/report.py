@@ -30,6 +30,8 @@ from postgrad.core.sections import (
 )
 
 __all__ = [
+    "METRICS",
+    "TIMING",
     "Cell",
     "Note",
     "Plot",
@@ -48,6 +50,8 @@ METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
 MAX_TERMINAL_ROWS = 16
 MAX_TERMINAL_CHARS = 160
+UNPLOTTED = frozenset({"step", "tokens", "seconds"})
+"""Logged counters whose curve would say nothing."""
 _TONES = {"info": "blue", "good": "green", "warning": "yellow"}
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -57,9 +61,7 @@ def log_metrics(folder: Path, row: Mapping[str, object], name: str = METRICS) ->
 
     Args:    name: metrics.jsonl for what a repeated run repeats exactly; timing.jsonl for seconds and rates.
     """
-    line = json.dumps(
-        {key: _finite(value) for key, value in row.items()}, ensure_ascii=False, allow_nan=False
-    )
+    line = json.dumps({key: _finite(value) for key, value in row.items()}, ensure_ascii=False, allow_nan=False)
     with (folder / name).open("a", encoding="utf-8", newline="\n") as file:
         file.write(line + "\n")
 
@@ -98,7 +100,7 @@ def print_report(report: Report) -> None:
 
 
 def training_sections(folder: Path) -> tuple[Section, ...]:
-    """Plot every number of metrics.jsonl and timing.jsonl over the steps.
+    """Plot the numbers of metrics.jsonl and timing.jsonl over the steps, all but mere counters.
 
     Names that differ only in an "eval/" or "train/" in front share a plot, so a loss stands beside the
     held-out one. A step that was logged twice, because a run went on from a checkpoint, counts once.
@@ -118,7 +120,7 @@ def _columns(rows: Iterable[Mapping[str, object]]) -> dict[str, dict[float, floa
         if not isinstance(step, int | float):
             continue
         for key, value in _leaves("", row):
-            if key != "step" and isinstance(value, int | float) and is_number(value):
+            if key not in UNPLOTTED and isinstance(value, int | float) and is_number(value):
                 columns.setdefault(key, {})[float(step)] = float(value)
     return columns
 
@@ -126,9 +128,7 @@ def _columns(rows: Iterable[Mapping[str, object]]) -> dict[str, dict[float, floa
 def _curves(title: str, columns: Mapping[str, Mapping[float, float]]) -> Plot:
     """Plot the numbers of one family; the held-out one is dashed."""
     series = tuple(
-        Series(
-            key, tuple(sorted(points)), tuple(points[step] for step in sorted(points)), dashed=_is_eval(key)
-        )
+        Series(key, tuple(sorted(points)), tuple(points[step] for step in sorted(points)), dashed=_is_eval(key))
         for key, points in columns.items()
         if _family(key) == title
     )
@@ -173,9 +173,7 @@ def _for_terminal(section: Section) -> RenderableType:
         case Plot():
             return _text_plot(section)
         case Note():
-            return Panel(
-                Text(section.text), title=Text(section.title), title_align="left", style=_TONES[section.kind]
-            )
+            return Panel(Text(section.text), title=Text(section.title), title_align="left", style=_TONES[section.kind])
 
 
 def _text_table(table: Table) -> RenderableType:
