@@ -132,6 +132,26 @@ def test_lora_trains_only_adapters_and_merges_on_loading(folder, tmp_path):
     torch.testing.assert_close(sequence_logprobs(merged, rows()), expected.detach(), atol=1e-5, rtol=1e-5)
 
 
+def test_adapter_on_an_adapter_loads_whole(folder, tmp_path):
+    path = folder
+    for stage in ("first", "second"):
+        model, tokenizer = load_lm(replace(TINY, path=str(path), lora_rank=2), JOB)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_B" in name:
+                    weight.fill_(0.05)
+        expected = sequence_logprobs(model.eval(), rows()).detach()
+        path = tmp_path / stage
+        save_model(model, tokenizer, path)
+    merged, _ = load_lm(replace(TINY, path=str(path)), JOB, frozen=True)
+    torch.testing.assert_close(sequence_logprobs(merged, rows()), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_tiny_takes_no_adapter():
+    with pytest.raises(ModelError, match="lora_rank = 0"):
+        load_lm(replace(TINY, lora_rank=2), JOB)
+
+
 def test_lora_reward_model_trains_its_head(folder):
     model, _ = load_reward_model(replace(TINY, path=str(folder), lora_rank=2), JOB)
     sequence_scores(model, rows()).sum().backward()

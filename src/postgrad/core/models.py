@@ -5,7 +5,6 @@ Letters: R rows, T tokens of a row, N target tokens, S sequences, D width.
 
 import hashlib
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,13 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from postgrad.core import adapters, segments
 from postgrad.core.config import ModelConfig
-from postgrad.core.files import atomic_path
+from postgrad.core.files import atomic_path, flush, remove
 from postgrad.core.masks import attention_inputs
 from postgrad.core.ops import Head, sum_by_sequence, token_logprobs, token_nll
 from postgrad.core.precision import autocast
@@ -42,6 +42,8 @@ TINY_POSITIONS = 512
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, with the chat template asked for and a padding token."""
     if config.path == "tiny":
+        if config.lora_rank:
+            raise ModelError("the tiny model is drawn anew from its seed, an adapter would have no base; lora_rank = 0")
         tokenizer: PreTrainedTokenizerBase = byte_tokenizer()
     else:
         folder = adapters.base_of_adapter(config.path) if _lacks_tokenizer(config.path) else config.path
@@ -63,7 +65,7 @@ def load_lm(config: ModelConfig, job: Job, *, frozen: bool = False) -> tuple[nn.
         model = _tiny_llama(config, tokenizer, job.seed)
         model.set_attn_implementation(_attention(job))
     else:
-        model = _from_pretrained(AutoModelForCausalLM, config, job, frozen)
+        model = _from_pretrained(AutoModelForCausalLM, config.path, job, frozen)
     _use_tokens(model, tokenizer)
     return _prepare(model, config, job, frozen, "CAUSAL_LM"), tokenizer
 
@@ -83,7 +85,7 @@ def load_reward_model(
         model.model.load_state_dict(lm.model.state_dict())
         fresh = True
     else:
-        model = _from_pretrained(AutoModelForSequenceClassification, config, job, frozen, num_labels=1)
+        model = _from_pretrained(AutoModelForSequenceClassification, config.path, job, frozen, num_labels=1)
         fresh = not _has_head(config.path)
     if "score" not in dict(model.named_children()):
         raise ModelError(f"{config.path}: a {type(model).__name__} has no `score` head; use a decoder-only model")
@@ -127,13 +129,15 @@ def _tiny_llama(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
         return LlamaForCausalLM(settings)
 
 
-def _from_pretrained(kind: Any, config: ModelConfig, job: Job, frozen: bool, **labels: int) -> Any:
-    """Load a model or adapter folder, with the attention that the device is best at."""
+def _from_pretrained(kind: Any, path: str, job: Job, frozen: bool, **labels: int) -> Any:
+    """Load a model folder with the attention that the device is best at; adapters are merged, one upon another."""
+    if adapters.is_adapter(path):
+        model = _from_pretrained(kind, adapters.base_of_adapter(path), job, frozen, **labels)
+        merged = adapters.merge_adapter(model, path)
+        merged.name_or_path = path  # what an adapter trained on top will name as its base
+        return merged
     dtype = job.dtype if frozen else torch.float32
-    adapter = adapters.is_adapter(config.path)
-    path = adapters.base_of_adapter(config.path) if adapter else config.path
-    model = _explain(path, kind.from_pretrained, path, dtype=dtype, attn_implementation=_attention(job), **labels)
-    return adapters.merge_adapter(model, config.path) if adapter else model
+    return _explain(path, kind.from_pretrained, path, dtype=dtype, attn_implementation=_attention(job), **labels)
 
 
 def _explain(path: str, loader: Any, *args: Any, **options: Any) -> Any:
@@ -265,10 +269,14 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pat
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True, exist_ok=True)
         writable: Any = model
-        writable.save_pretrained(temporary)
+        if isinstance(model, PreTrainedModel):
+            writable.save_pretrained(temporary)
+        else:
+            writable.save_pretrained(temporary, save_embedding_layers=False)  # adapters leave them as they are
         tokenizer.save_pretrained(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
+        for file in temporary.iterdir():
+            flush(file)
+        remove(folder)
 
 
 def model_hash(model: nn.Module) -> str:
@@ -291,7 +299,9 @@ def planned_parameters(config: ModelConfig) -> tuple[int, int]:
     if config.path == "tiny":
         with torch.device("meta"):
             return count_parameters(_tiny_llama(config, byte_tokenizer(), 0))
-    path = adapters.base_of_adapter(config.path) if adapters.is_adapter(config.path) else config.path
+    path = config.path
+    while adapters.is_adapter(path):
+        path = adapters.base_of_adapter(path)
     settings: PretrainedConfig = _explain(path, AutoConfig.from_pretrained, path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings)
