@@ -164,6 +164,7 @@ def test_figures_are_easy_to_compare() -> None:
     assert format_column([0.5, 0.12345, 1]) == ["0.5000", "0.1235", "1"]
     assert format_column([12.5, 1234.567]) == ["12.5", "1,234.6"]
     assert format_column([1e-5, 0.1, -5e-7, 0.0]) == ["1e-5", "0.1", "−5e-7", "0"]
+    assert format_column([1e-4, 2.5e-5, 0.0]) == ["1e-4", "2.5e-5", "0"]
     assert format_column([math.nan, 1.0, -math.inf]) == ["–", "1.000", "−∞"]
     assert [format_cell(c) for c in (7340032, -3, 3.17444, 5e-7, -0.00001, "a", True)] == [
         "7,340,032", "−3", "3.174", "5e-7", "−1e-5", "a", "True",

@@ -109,6 +109,7 @@ def format_number(value: float, decimals: int | None) -> str:
 
 
 def _short(value: float) -> str:
-    """Write three digits, with a plain exponent: 5e-7."""
-    digits, mark, exponent = f"{value:.3g}".partition("e")
+    """Write three digits of a figure that is not negative; with an exponent below a thousandth, 5e-7."""
+    digits, mark, exponent = (f"{value:.2e}" if 0 < value < 1e-3 else f"{value:.3g}").partition("e")
+    digits = digits.rstrip("0").rstrip(".") if "." in digits else digits
     return f"{digits}e{int(exponent)}" if mark else digits
