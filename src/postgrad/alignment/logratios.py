@@ -95,22 +95,22 @@ def logratio_metrics(batch: Logprobs, beta: float) -> dict[str, tuple[Tensor, fl
     """Sum up what tells whether preference training goes well, as (sum, weight) over the batch's prompts.
 
     Both log-ratios falling together is likelihood displacement. ``kl`` is the mean of -log-ratio over all
-    answers: an estimate of KL(reference || policy) where the reference wrote the answers.
+    answers: an estimate of KL(reference || policy) where the reference wrote the answers. Without a reference,
+    mean log-probabilities of a token stand in for the log-ratios.
     """
-    ratio = batch.ratio.detach().float()  # [B, K]
-    chosen, rejected = ratio[:, 0], ratio[:, 1:].mean(1)  # [B]
-    gap = ratio[:, :1] - ratio[:, 1:]  # [B, K-1]
-    num = float(ratio.shape[0])
+    values = (batch.mean_policy if batch.reference is None else batch.ratio).detach().float()  # [B, K]
+    chosen, rejected = values[:, 0], values[:, 1:].mean(1)  # [B]
+    gap = values[:, :1] - values[:, 1:]  # [B, K-1]
+    kind = "logprob" if batch.reference is None else "logratio"
     metrics = {
-        "chosen_logratio": chosen,
-        "rejected_logratio": rejected,
+        f"chosen_{kind}": chosen,
+        f"rejected_{kind}": rejected,
         "margin": beta * (chosen - rejected),
         "accuracy": ((gap > 0) + 0.5 * (gap == 0)).float().mean(1),
-        "kl": -ratio.mean(1),
     }
-    if batch.reference is None:
-        metrics.pop("kl")
+    if batch.reference is not None:
+        metrics["kl"] = -values.mean(1)
     if batch.lengths is not None:
         metrics["chosen_length"] = batch.lengths[:, 0].float()
         metrics["rejected_length"] = batch.lengths[:, 1:].float().mean(1)
-    return {name: (value.sum(), num) for name, value in metrics.items()}
+    return {name: (value.sum(), float(values.shape[0])) for name, value in metrics.items()}
