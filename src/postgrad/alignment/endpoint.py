@@ -189,6 +189,10 @@ class Endpoint:
             body["temperature"] = chat.temperature
         if chat.top_logprobs:
             body |= {"logprobs": True, "top_logprobs": chat.top_logprobs}
+        if chat.top_p < 1:
+            body["top_p"] = chat.top_p
+        if chat.seed >= 0:
+            body["seed"] = chat.seed
         return body
 
     def _hash(self, chat: Chat) -> str:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-Message = dict[str, str]
+from postgrad.core.items import Message
 
 LONGEST_WAIT_S = 600.0
 """A server that asks for more patience than this is not waited for; the same command continues later."""
@@ -27,6 +27,10 @@ class Chat:
     """Below 0 = not sent, for models that refuse the setting."""
     top_logprobs: int = 0
     """Number of candidates of each token whose log-probability is wanted."""
+    top_p: float = 1.0
+    """Share of probability to sample from; 1 = not sent."""
+    seed: int = -1
+    """Seed of the sampling; below 0 = not sent. Requests that differ in nothing else are different requests."""
 
     @property
     def tokens_in(self) -> int:
@@ -124,11 +128,11 @@ def parse_reply(content: bytes, messages: Sequence[Message], latency_s: float) -
     if not isinstance(text, str):
         return None
     text = text.encode(errors="replace").decode()  # half a surrogate pair is valid JSON but no text
-    known = type(tokens_in) is int and type(tokens_out) is int and min(tokens_in, tokens_out) >= 0
-    if not known:
-        tokens_in, tokens_out = count_tokens(messages), len(text) // 4 + 1
-    finish = str(choice.get("finish_reason") or "")
-    return Reply(text, first, finish, tokens_in, tokens_out, round(latency_s, 3), estimated=not known)
+    finish, latency_s = str(choice.get("finish_reason") or ""), round(latency_s, 3)
+    if isinstance(tokens_in, int) and isinstance(tokens_out, int) and min(tokens_in, tokens_out) >= 0:
+        return Reply(text, first, finish, tokens_in, tokens_out, latency_s)
+    guess_in, guess_out = count_tokens(messages), len(text) // 4 + 1
+    return Reply(text, first, finish, guess_in, guess_out, latency_s, estimated=True)
 
 
 def _first_token(logprobs: Any) -> dict[str, float]:

@@ -27,7 +27,7 @@ from postgrad.alignment.judge_prompts import (
 )
 from postgrad.alignment.tasks import score as task_score
 from postgrad.core.config import DataConfig, ModelConfig
-from postgrad.core.data import Message
+from postgrad.core.items import Message
 from postgrad.core.models import choose_layout, load_reward_model, model_hash, sequence_scores
 from postgrad.core.precision import autocast
 from postgrad.core.rows import Layout, Rows, eval_batches, sequence_values
@@ -219,9 +219,7 @@ class RuleJudge:
 
     def _judge(self, shown: Comparison) -> Verdict:
         scores = self._score(shown.prompt, shown.first), self._score(shown.prompt, shown.second)
-        draw = (
-            stage_seed(self._seed, "judge noise", shown.prompt, repr(shown.first), repr(shown.second)) / 2**63
-        )
+        draw = stage_seed(self._seed, "judge noise", shown.prompt, repr(shown.first), repr(shown.second)) / 2**63
         if draw < self._noise:
             scores = scores[::-1]
         return Verdict(scores, prefer(scores, self._tie))
@@ -316,9 +314,7 @@ class EndpointJudge:
 
     def chats(self, shown: Comparison) -> list[Chat]:
         """Write the requests of one comparison: one, or one an answer where each is scored alone."""
-        groups = (
-            [(shown.first, shown.second)] if self._mode != "single" else [(shown.first,), (shown.second,)]
-        )
+        groups = [(shown.first, shown.second)] if self._mode != "single" else [(shown.first,), (shown.second,)]
         letters = self._mode == "logprobs"
         return [
             Chat(

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Literal
 
-from postgrad.alignment.exchange import Message
+from postgrad.core.items import Message
 
 Mode = Literal["scores", "logprobs", "single"]
 Scores = tuple[float, float]
@@ -62,8 +62,7 @@ def build_question(mode: Mode, prompt: Sequence[Message], answers: Sequence[str]
     fence = sha256("\0".join(texts).encode()).hexdigest()[:8]
     parts = [_fenced(message["role"], message["content"], fence) for message in prompt]
     parts += [
-        _fenced(f"answer {name}".strip(), answer, fence)
-        for name, answer in zip(NAMES[mode], answers, strict=True)
+        _fenced(f"answer {name}".strip(), answer, fence) for name, answer in zip(NAMES[mode], answers, strict=True)
     ]
     return (
         {"role": "system", "content": PROMPTS[mode]},
