@@ -172,7 +172,7 @@ def _grouped(loaded: Loaded[tuple[Messages, list[str], list[Any]]], path: str) -
     return _counted(sets, counts, path)
 
 
-def _sampled_sets(rows: Iterable[Row], folder: Path) -> Loaded[ResponseSet]:
+def _sampled_sets(rows: Sequence[Row], folder: Path) -> Loaded[ResponseSet]:
     """Join the stores of responses and scores, by prompt and number."""
     scores: dict[tuple[str, int], float] = {}
     beside = folder.parent / "scores"
@@ -180,8 +180,7 @@ def _sampled_sets(rows: Iterable[Row], folder: Path) -> Loaded[ResponseSet]:
         for scored in read_store(beside, ["prompt_id", "k", "score"]):
             scores[scored["prompt_id"], scored["k"]] = _score(scored["score"], str(beside))
     groups: dict[str, dict[int, Row]] = {}
-    num_rows = 0
-    for num_rows, row in enumerate(rows, start=1):
+    for row in rows:
         groups.setdefault(row["prompt_id"], {})[row["k"]] = row
     sets = []
     for name, responses in groups.items():
@@ -195,7 +194,7 @@ def _sampled_sets(rows: Iterable[Row], folder: Path) -> Loaded[ResponseSet]:
         prompt = formats.messages_of(responses[0], "prompt_messages")
         texts = tuple(formats.text_of(responses[k], "response") for k in order)
         sets.append(ResponseSet(name, prompt, texts, tuple(found)))
-    return _counted(sets, Counter(read=num_rows), str(folder))
+    return _counted(sets, Counter(read=len(rows)), str(folder))
 
 
 def _limited(loaded: Loaded[ResponseSet], limit: int) -> Loaded[ResponseSet]:

@@ -25,6 +25,7 @@ __all__ = [
     "read_manifest",
     "read_store",
     "seal",
+    "shard_path",
     "store_hash",
     "write_shard",
 ]

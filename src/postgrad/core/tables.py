@@ -109,7 +109,7 @@ def _read_csv(path: Path, split: str, limit: int) -> list[Row]:
                     )
                 rows.append(row)
         except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: expected comma-separated cells: {error}") from error
+            raise DataError(f"{path}, after line {reader.line_num}: expected comma-separated cells: {error}") from error
     return rows
 
 
