@@ -196,6 +196,21 @@ def test_training_sections_put_train_beside_held_out(tmp_path: Path) -> None:
     assert training_sections(tmp_path / "elsewhere") == ()
 
 
+def test_logged_intervals_become_bands_and_small_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"accuracy": 0.8, "accuracy_low": 0.75, "accuracy_high": 0.85, "stray_low": 1.0}
+    log_metrics(tmp_path, {"step": 5} | {f"eval/{key}": value for key, value in row.items()})
+    accuracy, stray = training_sections(tmp_path)
+    assert isinstance(accuracy, Plot) and isinstance(stray, Plot)
+    assert accuracy.series == (Series("eval/accuracy", (5.0,), (0.8,), (0.75,), (0.85,), dashed=True),)
+    assert stray.title == "stray low"
+    result = Report("reward", tmp_path, row)
+    page = write_report(result, "Title").read_text(encoding="utf-8")
+    assert "0.8000<small>0.7500 to 0.8500</small>" in page
+    assert "accuracy low" not in page and "stray low" in page
+    print_report(result)
+    assert "0.7500 to 0.8500" in capsys.readouterr().out
+
+
 def test_terminal_shows_results_tables_and_notes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

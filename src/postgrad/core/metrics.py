@@ -60,9 +60,7 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def bootstrap_interval(
-    values: ArrayLike, seed: int, *, confidence: float = 0.95, resamples: int = 1000
-) -> Interval:
+def bootstrap_interval(values: ArrayLike, seed: int, *, confidence: float = 0.95, resamples: int = 1000) -> Interval:
     """Mean with its percentile bootstrap interval."""
     data = _vector(values, "values")
     low, high = _bootstrap(data[:, None], seed, confidence, resamples)

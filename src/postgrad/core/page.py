@@ -16,12 +16,14 @@ from postgrad.core.sections import (
     Note,
     Plot,
     Report,
+    Result,
     Section,
     Series,
     Table,
     format_cell,
     format_column,
     is_number,
+    key_results,
 )
 
 NUM_KEY_RESULTS = 6
@@ -56,23 +58,28 @@ def render(report: Report, title: str) -> str:
 
 def _results(results: Mapping[str, Cell]) -> str:
     """Show the first figures large, the rest as a list."""
-    items = list(results.items())
-    large = [(name, value) for name, value in items if is_number(value) or len(str(value)) <= 60]
-    large = large[:NUM_KEY_RESULTS]
-    names = {name for name, _ in large}
-    rest = [(name, value) for name, value in items if name not in names]
-    cards = "".join(_result(name, value, "figure" if _is_figure(value) else "words") for name, value in large)
-    lines = "".join(_result(name, value, "small") for name, value in rest)
+    items = key_results(results)
+    large = [item for item in items if is_number(item.value) or len(str(item.value)) <= 60][:NUM_KEY_RESULTS]
+    cards = "".join(_card(item) for item in large)
+    lines = "".join(_line(item) for item in items if item not in large)
     columns = 4 if len(large) == 4 else 3
     shown = f'<dl class="key" style="--columns:{columns}">{cards}</dl>' if cards else ""
     return shown + (f'\n<dl class="more">{lines}</dl>' if lines else "")
 
 
-def _result(name: str, value: Cell, kind: str) -> str:
-    """Write a result and its name, in words."""
-    label, text = escape(name.replace("_", " ")), escape(format_cell(value))
+def _card(item: Result) -> str:
+    """Write a result large, its interval small below."""
+    text = escape(format_cell(item.value))
+    kind = "figure" if _is_figure(item.value) else "words"
     size = " wide" if kind == "figure" and len(text) > 12 else ""
-    return f'<div><dt>{label}</dt><dd class="{kind}{size}">{text}</dd></div>'
+    interval = f"<small>{escape(item.interval)}</small>" if item.interval else ""
+    return f'<div><dt>{escape(item.name)}</dt><dd class="{kind}{size}">{text}{interval}</dd></div>'
+
+
+def _line(item: Result) -> str:
+    """Write a result as a line of a list."""
+    text = format_cell(item.value) + (f" ({item.interval})" if item.interval else "")
+    return f"<div><dt>{escape(item.name)}</dt><dd>{escape(text)}</dd></div>"
 
 
 def _contents(sections: Sequence[Section]) -> str:
@@ -88,11 +95,7 @@ def _sections(sections: Sequence[Section]) -> Iterable[str]:
     for kind, group in groupby(enumerate(sections), key=lambda item: type(item[1])):
         members = list(group)
         if kind is Plot:
-            yield (
-                '<div class="plots">'
-                + "\n".join(_plot(i, s) for i, s in members if isinstance(s, Plot))
-                + "</div>"
-            )
+            yield ('<div class="plots">' + "\n".join(_plot(i, s) for i, s in members if isinstance(s, Plot)) + "</div>")
         elif kind is Note:
             yield "<section>" + "\n".join(_note(s) for _, s in members if isinstance(s, Note)) + "</section>"
         else:
@@ -151,18 +154,13 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     kinds = [_kind([row[i] for row in rows]) for i in range(len(columns))]
     texts = [format_column([row[i] for row in rows]) for i in range(len(columns))]
     head = "".join(
-        f'<th scope="col" class="{kind}">{escape(name)}</th>'
-        for kind, name in zip(kinds, columns, strict=True)
+        f'<th scope="col" class="{kind}">{escape(name)}</th>' for kind, name in zip(kinds, columns, strict=True)
     )
     body = "\n".join(
-        "<tr>"
-        + "".join(f'<td class="{kinds[i]}">{_cell(texts[i][r])}</td>' for i in range(len(columns)))
-        + "</tr>"
+        "<tr>" + "".join(f'<td class="{kinds[i]}">{_cell(texts[i][r])}</td>' for i in range(len(columns))) + "</tr>"
         for r in range(len(rows))
     )
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
-    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
 def _kind(cells: Sequence[Cell]) -> str:
@@ -196,9 +194,7 @@ def _config(folder: Path) -> str:
     path = folder / "config.toml"
     if not path.is_file():
         return ""
-    return (
-        f"<details><summary>Config</summary><pre>{escape(path.read_text(encoding='utf-8'))}</pre></details>"
-    )
+    return f"<details><summary>Config</summary><pre>{escape(path.read_text(encoding='utf-8'))}</pre></details>"
 
 
 def _environment(folder: Path) -> str:

@@ -59,9 +59,7 @@ def draw(plot: Plot) -> str:
 
     target = io.StringIO()
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph"
-        )  # the reader's browser picks the font, not matplotlib
+        warnings.filterwarnings("ignore", message="Glyph")  # the reader's browser picks the font, not matplotlib
         figure = Figure(figsize=(4.6, 2.75), layout="constrained")
         canvas = FigureCanvasSVG(figure)
         axes = figure.add_subplot()
@@ -105,9 +103,7 @@ def _draw_series(axes: Axes, series: Series, colour: str) -> None:
     """Draw the band, then the line; few points are marked one by one."""
     if series.low:
         finite = [math.isfinite(a) and math.isfinite(b) for a, b in zip(series.low, series.high, strict=True)]
-        axes.fill_between(
-            series.x, series.low, series.high, where=finite, color=colour, alpha=0.16, linewidth=0
-        )
+        axes.fill_between(series.x, series.low, series.high, where=finite, color=colour, alpha=0.16, linewidth=0)
     few = len(series.x) <= 16
     axes.plot(
         series.x,

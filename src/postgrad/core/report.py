@@ -26,7 +26,9 @@ from postgrad.core.sections import (
     Table,
     format_cell,
     format_column,
+    is_interval_end,
     is_number,
+    key_results,
 )
 
 __all__ = [
@@ -91,8 +93,8 @@ def print_report(report: Report) -> None:
     results = RichTable.grid(padding=(0, 3))
     results.add_column(style="dim")
     results.add_column(style="bold", overflow="fold")
-    for name, value in report.results.items():
-        results.add_row(Text(name.replace("_", " ")), Text(format_cell(value)))
+    for name, value, interval in key_results(report.results):
+        results.add_row(Text(name), Text(format_cell(value)) + Text(f"  {interval}", style="not bold dim"))
     console.print(results)
     for section in report.sections:
         console.print()
@@ -108,7 +110,8 @@ def training_sections(folder: Path) -> tuple[Section, ...]:
     plots: list[Section] = []
     for name in (METRICS, TIMING):
         columns = _columns(read_metrics(folder, name))
-        plots += [_curves(title, columns) for title in dict.fromkeys(_family(key) for key in columns)]
+        lines = [key for key in columns if not is_interval_end(key, columns)]
+        plots += [_curves(title, columns) for title in dict.fromkeys(map(_family, lines))]
     return tuple(plots)
 
 
@@ -126,15 +129,27 @@ def _columns(rows: Iterable[Mapping[str, object]]) -> dict[str, dict[float, floa
 
 
 def _curves(title: str, columns: Mapping[str, Mapping[float, float]]) -> Plot:
-    """Plot the numbers of one family; the held-out one is dashed."""
-    series = tuple(
-        Series(key, tuple(sorted(points)), tuple(points[step] for step in sorted(points)), dashed=_is_eval(key))
-        for key, points in columns.items()
-        if _family(key) == title
-    )
+    """Plot the numbers of one family; the held-out one is dashed, and has its interval if it was logged."""
+    series = tuple(_curve(key, columns) for key in columns if _family(key) == title)
     long = any(len(line.x) > MAX_POINTS for line in series)
     note = "The line is the mean of neighbouring steps, the band their range." if long else ""
     return Plot(title.replace("_", " "), "step", "", series, note=note)
+
+
+def _curve(key: str, columns: Mapping[str, Mapping[float, float]]) -> Series:
+    """Make the line of one number, with a band from `<key>_low` to `<key>_high` where both are logged."""
+    points = columns[key]
+    steps = tuple(sorted(points))
+    low, high = columns.get(f"{key}_low", {}), columns.get(f"{key}_high", {})
+    band = bool(low) and bool(high)
+    return Series(
+        name=key,
+        x=steps,
+        y=tuple(points[step] for step in steps),
+        low=tuple(low.get(step, math.nan) for step in steps) if band else (),
+        high=tuple(high.get(step, math.nan) for step in steps) if band else (),
+        dashed=key.startswith(("eval", "held_out")),
+    )
 
 
 def _family(key: str) -> str:
@@ -142,11 +157,6 @@ def _family(key: str) -> str:
     for prefix in ("eval/", "train/", "eval_", "train_", "held_out/", "held_out_"):
         key = key.removeprefix(prefix)
     return key
-
-
-def _is_eval(key: str) -> bool:
-    """Tell whether a number was measured on held-out data."""
-    return key.startswith(("eval", "held_out"))
 
 
 def _leaves(name: str, value: object) -> Iterable[tuple[str, object]]:

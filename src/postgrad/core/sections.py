@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Cell = str | int | float
 
@@ -65,6 +65,33 @@ class Report:
     folder: Path
     results: Mapping[str, Cell]
     sections: tuple[Section, ...] = ()
+
+
+class Result(NamedTuple):
+    """A key result as shown, with the interval the run reports beside it."""
+
+    name: str
+    value: Cell
+    interval: str = ""
+
+
+def key_results(results: Mapping[str, Cell]) -> list[Result]:
+    """List results in words; `x_low` and `x_high` become the interval of `x`."""
+    shown = []
+    for name, value in results.items():
+        low, high = results.get(f"{name}_low"), results.get(f"{name}_high")
+        interval = ""
+        if low is not None and high is not None:
+            interval = " to ".join(format_column([value, low, high])[1:])
+        if not is_interval_end(name, results):
+            shown.append(Result(name.replace("_", " "), value, interval))
+    return shown
+
+
+def is_interval_end(name: str, names: Container[str]) -> bool:
+    """Tell whether a figure is the end of another's interval, `x_low` or `x_high` beside `x`."""
+    stem = name.removesuffix("_low").removesuffix("_high")
+    return stem != name and all(part in names for part in (stem, f"{stem}_low", f"{stem}_high"))
 
 
 def is_number(cell: object) -> bool:
