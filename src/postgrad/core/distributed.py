@@ -102,6 +102,24 @@ def first_rank(action: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def on_every_rank(action: Callable[[], T]) -> T:
+    """Run `action` on every rank; when it fails on one, all raise, so that none waits for ever."""
+    if world() == 1:
+        return action()
+    result: T | None = None
+    error: Exception | None = None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    failed = [i for i, bad in enumerate(gather_objects(error is not None)) if bad]
+    if error is not None:
+        raise error
+    if failed:
+        raise PostgradError(f"Rank {failed[0]} failed, so this one stops too; its own message says why.")
+    return cast(T, result)
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Add `tensor` over the ranks, in place, and return it."""
     if world() > 1:

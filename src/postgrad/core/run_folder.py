@@ -87,6 +87,29 @@ def read_result(folder: Path) -> Report | None:
         ) from error
 
 
+def cut_log(path: Path, step: int) -> None:
+    """Drop from a log of JSON lines what was written after `step`, and what a killed process left half written."""
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    kept: list[str] = []
+    for line in text.splitlines(keepends=True):
+        row = _parse(line)
+        if row is not None and row.get("step", 0) <= step:
+            kept.append(line)
+    if "".join(kept) != text:
+        write_text(path, "".join(kept))
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """Read one whole line; None when it is damaged."""
+    try:
+        row = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
 def _section(data: dict[str, Any]) -> Section:
     """Make a section from what `asdict` made of it."""
     fields = {key: _tuples(value) for key, value in data.items() if key != "type"}

@@ -1,0 +1,388 @@
+"""The one optimisation loop: accumulate, clip, step, log, evaluate, save, resume.
+
+A loss is returned as a sum and a weight. Gradients of the sums are added over micro-batches and ranks and divided
+once by the total weight, so 1x8 equals 8x1 and one rank equals four.
+
+What a step depends on is the seed, its number and the tensors: a run that was stopped anywhere and started again
+ends in the same bytes as one that never was.
+"""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from postgrad.core.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from postgrad.core.config import TrainConfig
+from postgrad.core.distributed import (
+    all_reduce_gradients,
+    broadcast_parameters,
+    first_rank,
+    on_every_rank,
+)
+from postgrad.core.files import flush
+from postgrad.core.optim import global_norm, gradients, make_optimizer, scale_gradients, schedule, set_lr
+from postgrad.core.precision import autocast
+from postgrad.core.report import METRICS, TIMING, Report, log_metrics, training_sections
+from postgrad.core.run_folder import cut_log
+from postgrad.core.runtime import Job, progress, stage_seed, stop_on_signals
+from postgrad.core.tally import LOSS, Loss, Metric, Tally, means, total_up
+from postgrad.errors import ArtefactError, ConfigError, DataError, Diverged, Interrupted
+
+__all__ = ["Batches", "Loss", "Metric", "train"]
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """The data of a run, cut into optimizer steps; every step can be asked for at any time."""
+
+    def __len__(self) -> int:
+        """Count the optimizer steps of the run."""
+        ...
+
+    def __getitem__(self, step: int, /) -> Sequence[Any]:
+        """Make this rank's micro-batches of a step, from 0; there may be none."""
+        ...
+
+
+LossFunction = Callable[[Any, int], Loss]
+Evaluate = Callable[[int], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same from step to step."""
+
+    model: nn.Module
+    params: list[Parameter]
+    optimizer: Optimizer
+    batches: Batches
+    loss_fn: LossFunction
+    evaluate: Evaluate | None
+    config: TrainConfig
+    job: Job
+    names: list[str] = field(default_factory=list)  # of the figures, as the ranks have agreed
+
+    @property
+    def total(self) -> int:
+        return len(self.batches)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.job.folder / "checkpoints"
+
+
+@dataclass
+class _State:
+    """Where training stands: what a checkpoint holds besides tensors.
+
+    sums: by name, sum and weight since the last row of metrics.jsonl.   results: of the last evaluation.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    sums: dict[str, list[float]] = field(default_factory=dict)
+    results: dict[str, float] = field(default_factory=dict)
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    loss_fn: LossFunction,
+    evaluate: Evaluate | None,
+    config: TrainConfig,
+    job: Job,
+) -> Report:
+    """Train what is trainable in `model`, continuing from the newest checkpoint in the run folder.
+
+    The model comes back in evaluation mode, trained. When the run was trained to its end before, its weights are
+    loaded and nothing is computed.
+
+    Args:    loss_fn: (micro-batch, step from 0) -> Loss; computed in the job's precision.
+             evaluate: number of steps taken -> figures; run without gradients, in evaluation mode, on every rank.
+    Returns: a report with the last evaluation's figures (without `evaluate`: the last loss) and the curves.
+    Raises:  Diverged: a loss or gradient norm is not finite; no step was taken with it.
+             Interrupted: a signal asked to stop; the state is saved.
+             ArtefactError: the checkpoints are damaged or belong to another model or data.
+    """
+    run = _prepare(model, batches, loss_fn, evaluate, config, job)
+    state = _resume(run)
+    model.train()
+    with (
+        stop_on_signals(),
+        _Ahead(batches, state.step) as ahead,
+        progress(job, run.total, job.method, state.step) as bar,
+    ):
+        clock = _Clock(job)
+        while state.step < run.total:
+            step = _take_step(run, state, ahead)
+            bar.advance(note=_record(run, state, step, clock))
+            if _due(run, state.step, config.save_every) or step.stop:
+                _save(run, state)
+                clock.restart()
+            if step.stop:
+                raise Interrupted(f"Step {state.step} of {run.total} is saved in {run.checkpoints}.")
+    model.eval()
+    run.optimizer.zero_grad()
+    sections = training_sections(job.folder) if job.rank == 0 else ()
+    return Report(job.method, job.folder, state.results, sections)
+
+
+def _prepare(
+    model: nn.Module,
+    batches: Batches,
+    loss_fn: LossFunction,
+    evaluate: Evaluate | None,
+    config: TrainConfig,
+    job: Job,
+) -> _Run:
+    """Check that there is something to train and to train on; make the optimizer."""
+    params = [param for param in model.parameters() if param.requires_grad]
+    if not params:
+        raise ConfigError(f"{type(model).__name__} has no parameter that trains: all are frozen.")
+    if len(batches) == 0:
+        raise DataError("There is no step to train: the data is empty. Check data.path and train.epochs.")
+    optimizer = make_optimizer(params, config.optim)
+    return _Run(model, params, optimizer, batches, loss_fn, evaluate, config, job)
+
+
+def _resume(run: _Run) -> _State:
+    """Continue from the newest checkpoint, or begin; the logs are cut back to where it stands."""
+    path = first_rank(lambda: latest_checkpoint(run.checkpoints))
+    state = _State()
+    if path is not None:
+        extra = on_every_rank(lambda: load_checkpoint(path, run.model, run.optimizer))
+        if extra["total"] != run.total:
+            raise ArtefactError(
+                f"{path} belongs to a run of {extra['total']} steps, but the data now makes {run.total}. "
+                "Bring the data back as it was, or choose another runtime.folder."
+            )
+        state = _State(**extra["state"])
+    broadcast_parameters(run.params)
+
+    def cut() -> None:
+        for name in (METRICS, TIMING):
+            cut_log(run.job.folder / name, state.step)
+
+    first_rank(cut)
+    return state
+
+
+def _take_step(run: _Run, state: _State, ahead: "_Ahead") -> Tally:
+    """Compute one optimizer step and take it."""
+    _seed(run.job, "step", state.step, run.job.rank)
+    step = _accumulate(run, state.step, ahead)
+    all_reduce_gradients(run.params)
+    found = gradients(run.params)
+    total_up(step, global_norm(found), run.names, run.job)
+    _refuse(run, state, step)
+    assert found, "the loss depends on no parameter that trains: none received a gradient"
+    optim = run.config.optim
+    scale_gradients(found, weight=step.sums[LOSS][1], norm=step.norm, clip=optim.clip)
+    factor = schedule(state.step, run.total, kind=optim.schedule, warmup=optim.warmup, final=optim.final)
+    set_lr(run.optimizer, optim.lr * factor)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return step
+
+
+def _accumulate(run: _Run, number: int, ahead: "_Ahead") -> Tally:
+    """Add up gradients of the sums of this rank's micro-batches."""
+    step = Tally()
+    try:
+        for batch in ahead.take(number):
+            with autocast(run.job):
+                loss = run.loss_fn(batch, number)
+            if loss.sum.requires_grad:  # not when nothing in this micro-batch is a target
+                loss.sum.backward()  # type: ignore[no-untyped-call]
+            step.add(loss)
+    except Exception as error:
+        if run.job.world == 1:
+            raise
+        step.error = error  # raised once all ranks have met, so that none waits for this one
+    return step
+
+
+def _refuse(run: _Run, state: _State, step: Tally) -> None:
+    """Raise instead of taking a step that failed, counts nothing, or is not finite."""
+    if step.error is not None:
+        raise step.error
+    total, weight = step.sums[LOSS]
+    where = f"Step {state.step + 1} of {run.total}"
+    if weight == 0:
+        raise DataError(
+            f"{where}: expected something to learn from, but the loss has weight 0 on all its micro-batches. "
+            "Look for rows without supervised tokens."
+        )
+    assert weight > 0, f"the weight of a loss must be >= 0, found {weight}"
+    if math.isfinite(total) and math.isfinite(step.norm):
+        return
+    found = ", ".join(f"{name} {value:.4g}" for name, value in means(step.sums).items())
+    good = list_checkpoints(run.checkpoints)
+    raise Diverged(
+        f"{where}: expected a finite loss and gradient norm, found {found}, gradient norm "
+        f"{step.norm / weight:.4g}. The step was not taken; the last good state is "
+        f"{good[-1] if good else 'the start'}. Lower train.optim.lr, or look at the data of this step."
+    )
+
+
+def _record(run: _Run, state: _State, step: Tally, clock: "_Clock") -> str:
+    """Add a step to the state; log and evaluate when it is time. Returns a note for the screen."""
+    state.step += 1
+    state.tokens += step.tokens
+    for name, (value, weight) in step.sums.items():
+        entry = state.sums.setdefault(name, [0.0, 0.0])
+        entry[0] += value
+        entry[1] += weight
+    clock.lap(step.tokens)
+    note = ""
+    if _due(run, state.step, run.config.log_every):
+        note = _log(run, state, step, clock)
+    if run.evaluate is not None and _due(run, state.step, run.config.eval_every):
+        _evaluate(run, run.evaluate, state)
+        clock.restart()
+    return note
+
+
+def _log(run: _Run, state: _State, step: Tally, clock: "_Clock") -> str:
+    """Write a row of means since the last row, and one of seconds; return a note for the screen."""
+    shown = means(state.sums)
+    state.sums.clear()
+    loss = shown.pop(LOSS)
+    if run.evaluate is None:
+        state.results = {LOSS: loss}
+    timing = clock.row()
+    if run.job.rank == 0:
+        optimizer = {
+            "lr": run.optimizer.param_groups[0]["lr"],
+            "grad_norm": step.norm / step.sums[LOSS][1],
+            "tokens": state.tokens,
+        }
+        row = {"step": state.step, LOSS: loss, **dict(sorted(shown.items())), **optimizer}
+        log_metrics(run.job.folder, row)
+        log_metrics(run.job.folder, {"step": state.step, **timing}, TIMING)
+    rate = timing["tokens_per_second"]
+    return f"loss {loss:.4g}" + (f", {rate:,.0f} tokens/s" if rate else "")
+
+
+def _evaluate(run: _Run, evaluate: Evaluate, state: _State) -> None:
+    """Evaluate on every rank, log the figures, and keep them."""
+
+    def figures() -> dict[str, float]:
+        _seed(run.job, "evaluate", state.step)
+        with torch.no_grad(), autocast(run.job):
+            return {name: float(value) for name, value in evaluate(state.step).items()}
+
+    run.model.eval()
+    state.results = on_every_rank(figures)
+    run.model.train()
+    if run.job.rank == 0:
+        row = {f"eval/{name}": value for name, value in state.results.items()}
+        log_metrics(run.job.folder, {"step": state.step, **row})
+
+
+def _save(run: _Run, state: _State) -> None:
+    """Write a checkpoint, after the log rows that belong to it."""
+    extra = {"total": run.total, "state": asdict(state)}
+
+    def write() -> None:
+        for path in (run.job.folder / METRICS, run.job.folder / TIMING):
+            if path.exists():
+                flush(path)
+        keep = run.config.keep_checkpoints
+        save_checkpoint(run.checkpoints, state.step, run.model, run.optimizer, extra, keep)
+
+    first_rank(write)
+
+
+def _due(run: _Run, done: int, every: int) -> bool:
+    """Tell whether something happens after `done` steps: every so many (0 = never), and at the end."""
+    return done == run.total or (every > 0 and done % every == 0)
+
+
+def _seed(job: Job, *parts: object) -> None:
+    """Key torch's random numbers, so that none depends on what was drawn before."""
+    seed = stage_seed(job.seed, *parts)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a hundred times as long
+    if job.device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+class _Ahead:
+    """Makes the next step's micro-batches in a thread while this one's are computed on."""
+
+    def __init__(self, batches: Batches, first: int) -> None:
+        self._batches = batches
+        self._wanted: SimpleQueue[int | None] = SimpleQueue()
+        self._made: SimpleQueue[Sequence[Any] | BaseException] = SimpleQueue()
+        self._thread = Thread(target=self._work, name="batches", daemon=True)
+        self._want(first)
+
+    def __enter__(self) -> "_Ahead":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._wanted.put(None)
+        self._thread.join()
+
+    def take(self, step: int) -> Sequence[Any]:
+        """Return a step's micro-batches and begin with the next one's; what went wrong there is raised here."""
+        made = self._made.get()
+        if isinstance(made, BaseException):
+            raise made
+        self._want(step + 1)
+        return made
+
+    def _want(self, step: int) -> None:
+        if step < len(self._batches):
+            self._wanted.put(step)
+
+    def _work(self) -> None:
+        while (step := self._wanted.get()) is not None:
+            try:
+                self._made.put(self._batches[step])
+            except BaseException as error:
+                self._made.put(error)
+
+
+class _Clock:
+    """Measures training, without evaluations and checkpoints."""
+
+    def __init__(self, job: Job) -> None:
+        self._device = job.device
+        self._seconds, self._tokens = 0.0, 0
+        self._mark = time.perf_counter()
+
+    def restart(self) -> None:
+        """Leave out the time since the last lap."""
+        self._mark = time.perf_counter()
+
+    def lap(self, tokens: int) -> None:
+        """Count a step."""
+        now = time.perf_counter()
+        self._seconds += now - self._mark
+        self._mark = now
+        self._tokens += tokens
+
+    def row(self) -> dict[str, float]:
+        """Sum up the laps since the last row."""
+        seconds, tokens = self._seconds, self._tokens
+        self._seconds, self._tokens = 0.0, 0
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device) / 2**30
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        rate = tokens / seconds if seconds > 0 else 0.0
+        return {"seconds": seconds, "tokens_per_second": rate, "peak_memory_gib": peak}
