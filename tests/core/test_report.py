@@ -185,9 +185,9 @@ def test_metrics_come_back_without_a_half_line(tmp_path: Path) -> None:
 
 def test_training_sections_put_train_beside_held_out(tmp_path: Path) -> None:
     for step in (1, 2, 2):  # step 2 was repeated after a resume
-        log_metrics(tmp_path, {"step": step, "loss": 1.0 / step, "note": "text"})
-    log_metrics(tmp_path, {"step": 2, "eval/loss": 0.7, "eval": {"accuracy": 0.5}})
-    log_metrics(tmp_path, {"step": 2, "tokens_per_second": 9.0, "seconds": 3.0}, "timing.jsonl")
+        log_metrics(tmp_path, {"step": step, "loss": 1.0 / step, "note": "text", "eval": {"accuracy": 0.5}})
+        log_metrics(tmp_path, {"step": step, "tokens_per_second": 9.0, "seconds": 3.0}, "timing.jsonl")
+    log_metrics(tmp_path, {"step": 2, "eval/loss": 0.7, "eval/once": 1.0})
     loss, accuracy, rate = training_sections(tmp_path)
     assert isinstance(loss, Plot) and isinstance(accuracy, Plot) and isinstance(rate, Plot)
     assert [s.name for s in loss.series] == ["loss", "eval/loss"]
@@ -198,10 +198,11 @@ def test_training_sections_put_train_beside_held_out(tmp_path: Path) -> None:
 
 def test_logged_intervals_become_bands_and_small_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = {"accuracy": 0.8, "accuracy_low": 0.75, "accuracy_high": 0.85, "stray_low": 1.0}
-    log_metrics(tmp_path, {"step": 5} | {f"eval/{key}": value for key, value in row.items()})
+    for step in (5, 10):
+        log_metrics(tmp_path, {"step": step} | {f"eval/{key}": value for key, value in row.items()})
     accuracy, stray = training_sections(tmp_path)
     assert isinstance(accuracy, Plot) and isinstance(stray, Plot)
-    assert accuracy.series == (Series("eval/accuracy", (5.0,), (0.8,), (0.75,), (0.85,), dashed=True),)
+    assert accuracy.series == (Series("eval/accuracy", (5.0, 10.0), (0.8,) * 2, (0.75,) * 2, (0.85,) * 2, True),)
     assert stray.title == "stray low"
     result = Report("reward", tmp_path, row)
     page = write_report(result, "Title").read_text(encoding="utf-8")

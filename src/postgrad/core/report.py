@@ -105,13 +105,15 @@ def training_sections(folder: Path) -> tuple[Section, ...]:
     """Plot the numbers of metrics.jsonl and timing.jsonl over the steps, all but mere counters.
 
     Names that differ only in an "eval/" or "train/" in front share a plot, so a loss stands beside the
-    held-out one. A step that was logged twice, because a run went on from a checkpoint, counts once.
+    held-out one. A number logged at one step only is no curve. A step that was logged twice, because a run
+    went on from a checkpoint, counts once.
     """
     plots: list[Section] = []
     for name in (METRICS, TIMING):
         columns = _columns(read_metrics(folder, name))
         lines = [key for key in columns if not is_interval_end(key, columns)]
-        plots += [_curves(title, columns) for title in dict.fromkeys(map(_family, lines))]
+        curves = (_curves(title, columns) for title in dict.fromkeys(map(_family, lines)))
+        plots += [plot for plot in curves if any(len(line.x) > 1 for line in plot.series)]
     return tuple(plots)
 
 
