@@ -22,7 +22,7 @@ from rich.text import Text
 
 from postgrad.core.config import RuntimeConfig
 from postgrad.core.distributed import first_rank, init_ranks, rank, world
-from postgrad.core.report import Report
+from postgrad.core.report import Report, write_report
 from postgrad.core.run_folder import read_result, release_folder, take_folder, write_result
 from postgrad.errors import ConfigError, Interrupted
 
@@ -91,9 +91,14 @@ def finish(job: Job, report: Report) -> Report:
     """Record what the run found, let go of its folder, and return the report.
 
     result.json holds the results and nothing that differs from one machine or day to the next; the sections,
-    whose plots may show seconds, go to sections.json.
+    whose plots may show seconds, go to sections.json and report.html.
     """
-    first_rank(lambda: write_result(report))
+
+    def write() -> None:
+        write_report(report, f"postgrad {report.method}")
+        write_result(report)  # last: it says that the run is finished
+
+    first_rank(write)
     release_folder(job.folder)
     return report
 
