@@ -71,9 +71,19 @@ def test_earlier_answers_without_stop_token_are_an_error() -> None:
 
 
 def test_a_history_rewritten_beyond_recognition_is_an_error() -> None:
-    # Earlier questions are shortened to their number of letters; the system text moves, so marks are needed.
-    template = MISTRAL.replace("+ m['content'] + '[/INST]'", "+ (m['content'] if loop.last else 'x') + '[/INST]'")
-    assert template != MISTRAL
+    # The system text moves, so marks are needed; what stands around a text depends on its length, so they mislead.
+    template = MISTRAL.replace("'[INST] '", "'[INST ' ~ m['content'] | length ~ '] '")
     tokenizer = bpe_tokenizer(template)
-    with pytest.raises(TemplateError, match=r"the conversation with '.*'|earlier turns"):
+    with pytest.raises(
+        TemplateError, match=r"rewrites earlier turns so that .*expected the parts .*found '<s>\[INST 8\]"
+    ):
         answer_spans(tokenizer, [talk("question", "a", "r", "b", system="s")], find_stop(tokenizer))
+
+
+def test_a_history_without_answers_is_an_error() -> None:
+    template = MISTRAL.replace(
+        "{{ ' ' + m['content'] + eos_token }}", "{{ ' ' + m['content'] + eos_token if loop.last }}"
+    )
+    tokenizer = bpe_tokenizer(template)
+    with pytest.raises(TemplateError, match=r"expected .*to write message 2 \(assistant\) once .*found it 0 times"):
+        answer_spans(tokenizer, [talk("q", "a", "r", "b", system="s")], find_stop(tokenizer))

@@ -16,6 +16,7 @@ from chats import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from postgrad.core.config import DataConfig
@@ -116,6 +117,21 @@ def test_an_answer_that_would_merge_with_the_header_is_kept_apart() -> None:
     assert supervised_text(tokenizer, messages) == "Hello there.</s>  Hello</s>"
     answer = encode_answer(tokenizer, messages[:1], "Hello there.")
     assert tokens[len(prompt) :][: len(answer)] == answer
+
+
+def test_a_merge_that_cannot_be_undone_names_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("postgrad.core.text.MARKERS", ())
+    with pytest.raises(
+        TemplateError, match=r"merges the end of a prompt, '.*ASSISTANT: ', with the beginning .*'Hello"
+    ):
+        encode_conversation(bpe_tokenizer(SPACE_BEFORE_ANSWER), talk("hello", "Hello there."))
+
+
+def test_a_stop_token_lost_in_tokenising_is_an_error() -> None:
+    tokenizer = bpe_tokenizer(VICUNA.replace("eos_token", "'STOP'"))
+    tokenizer.add_tokens([AddedToken("STOP", single_word=True)])
+    with pytest.raises(TemplateError, match="its only stop token 'STOP', found it 0 times and the last tokens"):
+        encode_conversation(tokenizer, talk("hello", "Hello"))
 
 
 def test_an_answer_that_begins_with_a_newline_is_kept_apart() -> None:
