@@ -39,7 +39,7 @@ def load_candidates(config: DataConfig) -> Loaded[Candidates]:
     sampled = next((path for path in (folder / "responses", folder) if is_sealed(path)), None)
     judged = folder / "pairs"
     path = str(judged) if is_sealed(judged) else config.path
-    paired = is_sealed(judged) or {"response_a", "response_b"} <= set(_first_row(path, config))
+    paired = is_sealed(judged) or (not sampled and {"response_a", "response_b"} <= set(_first_row(path, config)))
     counts: Counter[str] = Counter()
     if paired:
         rows = load_table(path, config.split, config.limit)
