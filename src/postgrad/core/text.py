@@ -222,14 +222,14 @@ def _encode_conversations(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]]
 ) -> list[_Encoded]:
     """Tokenise conversations in chunks; answers are tokenised as continuations of what stands before them."""
-    stop = find_stop(tokenizer)
+    stop, special = find_stop(tokenizer), special_pattern(tokenizer)
     encoded: list[_Encoded] = []
     for at in range(0, len(conversations), CHUNK):
         rendered = answer_spans(tokenizer, conversations[at : at + CHUNK], stop)
         joints = []
         for text, spans in rendered:
             cuts = [0, *(place for span in spans for place in span)]
-            joints += [(text[max(0, a - TAIL) : a], text[a:b]) for a, b in pairwise(cuts)]
+            joints += [(_tail(text[max(0, a - TAIL) : a], special), text[a:b]) for a, b in pairwise(cuts)]
         pieces = iter(_continue(tokenizer, joints))
         for _, spans in rendered:
             encoded.append(_assemble(tokenizer, [(next(pieces), next(pieces)) for _ in spans], stop))
@@ -251,7 +251,7 @@ def _assemble(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[list[int
 
 def _encode_branches(tokenizer: PreTrainedTokenizerBase, items: Sequence[Branches]) -> list[Tree]:
     """Tokenise prompts and their answers in chunks."""
-    stop = find_stop(tokenizer)
+    stop, special = find_stop(tokenizer), special_pattern(tokenizer)
     trees = []
     for at in range(0, len(items), CHUNK):
         chunk = items[at : at + CHUNK]
@@ -261,7 +261,7 @@ def _encode_branches(tokenizer: PreTrainedTokenizerBase, items: Sequence[Branche
         ]
         texts = iter(render(tokenizer, whole, generation=False))
         joints = [
-            (prompt[-TAIL:], _answer_text(prompt, next(texts), stop))
+            (_tail(prompt[-TAIL:], special), _answer_text(prompt, next(texts), stop))
             for prompt, (_, answers) in zip(prompts, chunk, strict=True)
             for _ in answers
         ]
@@ -280,6 +280,12 @@ def _answer_text(prompt: str, text: str, stop: Stop) -> str:
         raise prefix_error(prompt, text)
     end = text.find(stop.text, len(prompt))
     return text[len(prompt) : end + len(stop.text)] if end >= 0 else text[len(prompt) :]
+
+
+def _tail(text: str, special: re.Pattern[str]) -> str:
+    """Cut a context down to its last special token: what stands before it cannot change what follows."""
+    last = max((match.start() for match in special.finditer(text)), default=0)
+    return text[last:]
 
 
 def _continue(tokenizer: PreTrainedTokenizerBase, joints: Sequence[tuple[str, str]]) -> list[list[int]]:
