@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -33,7 +33,7 @@ from postgrad.core.precision import autocast
 from postgrad.core.rows import Layout, Rows, eval_batches, sequence_values
 from postgrad.core.runtime import Job, stage_seed, stop_requested
 from postgrad.core.text import answer_trees
-from postgrad.errors import ConfigError, EndpointError
+from postgrad.errors import ConfigError, DataError, EndpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,6 +110,7 @@ class Opinion(NamedTuple):
     """Mean probability that the answer shown first is better: 0.5 for a judge that ignores positions."""
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Compares pairs of answers, each in the order shown."""
 
@@ -266,7 +267,10 @@ class RewardModelJudge:
     def _fill(self, answers: list[tuple[Conversation, dict[str, float]]]) -> None:
         """Replace the NaN of every answer that fits by its score."""
         texts = [(prompt, tuple(scores)) for prompt, scores in answers]
-        trees, kept, _ = answer_trees(self._tokenizer, texts, self._data)
+        try:
+            trees, kept, _ = answer_trees(self._tokenizer, texts, self._data)
+        except DataError:  # nothing of it fits
+            return
         pad_id = self._tokenizer.pad_token_id or 0
         batches = eval_batches(
             trees,

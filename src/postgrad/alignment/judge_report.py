@@ -129,17 +129,17 @@ def check_quality(rows: Sequence[Row], *, min_consistency: float, max_unreadable
 
 
 def quality_results(rows: Sequence[Row]) -> dict[str, Cell]:
-    """Name the key figures, kept and dropped pairs together."""
+    """Name the key figures, kept and dropped pairs together; what was not measured is left out."""
     found = measure(rows)
     kept = [row for row in rows if not row["reason"]]
-    return {
-        "judged": found.num_pairs,
-        "kept": len(kept),
+    figures = {
         "consistency": found.consistency.value,
         "p_first": found.p_first.value,
         "longer_wins": found.longer_wins.value,
-        "cost": math.fsum(row["cost"] for row in rows),
     }
+    measured = {name: value for name, value in figures.items() if not math.isnan(value)}
+    cost = math.fsum(row["cost"] for row in rows)
+    return {"judged": found.num_pairs, "kept": len(kept), **measured, "cost": cost}
 
 
 def quality_sections(rows: Sequence[Row], ledger: Ledger) -> tuple[Section, ...]:
