@@ -218,7 +218,7 @@ def reward_gate(results: dict[str, Cell], gate: str) -> Note:
 
     Raises: GateError: held-out accuracy is not above the length rule's and ``gate`` is "refuse".
     """
-    accuracy, rule = float(results.get("eval_accuracy", "nan")), float(results.get("eval_length_rule", "nan"))
+    accuracy, rule = float(results.get("accuracy", "nan")), float(results.get("length_rule", "nan"))
     text = f"Held-out pairs: reward model {accuracy:.3f}, the rule that longer is better {rule:.3f}."
     if accuracy > max(rule, 1 - rule, 0.5):
         return Note("Reward model", text, "good")
