@@ -1,0 +1,181 @@
+"""A tiny case of every method: seconds to run, yet every part of it is used."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from postgrad.alignment.align import AlignConfig
+from postgrad.alignment.annotate import AnnotateConfig
+from postgrad.alignment.dpo import DPOConfig
+from postgrad.alignment.evaluate import EvaluateConfig
+from postgrad.alignment.judge import JudgeConfig
+from postgrad.alignment.rejection import RejectionConfig
+from postgrad.alignment.reward import RewardConfig
+from postgrad.alignment.sample import SampleConfig
+from postgrad.alignment.sft import SFTConfig
+from postgrad.alignment.tasks import TaskSizes, corrupt, make_prompt, score
+from postgrad.core.config import DataConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
+from postgrad.core.models import load_reward_model, save_model
+from postgrad.core.runtime import Job
+
+NUM_PROMPTS = 32
+MODEL = ModelConfig(tiny_width=32, tiny_layers=1)
+TRAIN = TrainConfig(
+    max_steps=20,
+    batch_size=8,
+    micro_tokens=512,
+    log_every=1,
+    eval_every=10,
+    save_every=6,
+    optim=OptimConfig(lr=1e-2, schedule="constant"),
+)
+RUNTIME = RuntimeConfig(folder="run", seed=3, device="cpu", quiet=True)
+RULE = JudgeConfig(kind="rule", noise=0.05)
+
+
+def case(name: str, folder: Path) -> Any:
+    """Write a method's inputs into `folder` and return its configuration; it runs in the working folder."""
+    config = CASES[name](folder)
+    return replace(config, runtime=replace(RUNTIME, folder="run"))
+
+
+def data(path: Path, held_out: float = 0.25) -> DataConfig:
+    """Point at small data."""
+    return DataConfig(path=str(path), held_out=held_out, max_length=128, row_length=128)
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def prompts() -> list[list[dict[str, str]]]:
+    """Make prompts of the built-in tasks."""
+    rng = Random(7)
+    return [make_prompt(rng, error=(0.1, 0.3), slip=0.1) for _ in range(NUM_PROMPTS)]
+
+
+def ranked(messages: list[dict[str, str]], num: int = 4) -> list[tuple[float, str]]:
+    """Make answers of differing worth to a prompt, best first."""
+    rng = Random(str(messages))
+    answers = {corrupt(messages, rng, error=(0.0, 0.9), slip=0.1) for _ in range(num)}
+    while len(answers) < num:
+        answers.add(corrupt(messages, rng, error=(0.5, 0.9), slip=0.5))
+    return sorted(((score(messages, text), text) for text in answers), reverse=True)
+
+
+def sets(folder: Path) -> Path:
+    """Write scored sets of responses."""
+    rows = [
+        {"prompt": each, "responses": [text for _, text in found], "scores": [value for value, _ in found]}
+        for each in prompts()
+        if (found := ranked(each))
+    ]
+    return write(folder / "sets.jsonl", rows)
+
+
+def pairs(folder: Path) -> Path:
+    """Write preference pairs."""
+    rows = [
+        {"prompt": each, "chosen": found[0][1], "rejected": found[-1][1]}
+        for each in prompts()
+        if (found := ranked(each))
+    ]
+    return write(folder / "pairs.jsonl", rows)
+
+
+def questions(folder: Path, num: int) -> Path:
+    """Write prompts without answers."""
+    return write(folder / "prompts.jsonl", [{"messages": each} for each in prompts()[:num]])
+
+
+def reward_model(folder: Path) -> str:
+    """Write a tiny reward model as it starts."""
+    job = Job("reward", folder, 3, torch.device("cpu"), torch.float32, rank=0, world=1, quiet=True)
+    model, tokenizer = load_reward_model(MODEL, job)
+    save_model(model, tokenizer, folder / "reward")
+    return str(folder / "reward")
+
+
+def sft(folder: Path) -> SFTConfig:
+    """Conversations."""
+    rows = [{"messages": [*each, {"role": "assistant", "content": ranked(each)[0][1]}]} for each in prompts()]
+    return SFTConfig(model=MODEL, data=data(write(folder / "sft.jsonl", rows)), train=TRAIN)
+
+
+def annotate(folder: Path) -> AnnotateConfig:
+    """Sets whose first two responses a noisy rule compares, a few prompts at a time."""
+    return AnnotateConfig(pairing="first", shard=4, judge=RULE, data=data(sets(folder)))
+
+
+def reward(folder: Path) -> RewardConfig:
+    """Preference pairs."""
+    return RewardConfig(model=MODEL, data=data(pairs(folder)), train=TRAIN)
+
+
+def sample(folder: Path) -> SampleConfig:
+    """A few short responses to a few prompts, scored."""
+    path, rewarder = questions(folder, 8), reward_model(folder)
+    return SampleConfig(n=3, max_new_tokens=6, chunk=2, reward=rewarder, model=MODEL, data=data(path))
+
+
+def rejection(folder: Path) -> RejectionConfig:
+    """Scored sets, behind the gate."""
+    return RejectionConfig(gate=True, judge=JudgeConfig(kind="rule"), model=MODEL, data=data(sets(folder)), train=TRAIN)
+
+
+def dpo(folder: Path) -> DPOConfig:
+    """Scored sets, of which the best and the worst response make a pair."""
+    return DPOConfig(rejected="worst", model=MODEL, data=data(sets(folder)), train=TRAIN)
+
+
+def evaluate(folder: Path) -> EvaluateConfig:
+    """Two policies, a reward model and a rule."""
+    path, rewarder = questions(folder, 6), reward_model(folder)
+    return EvaluateConfig(
+        policies=("first=tiny", "second=tiny"),
+        samples=3,
+        max_new_tokens=6,
+        chunk=2,
+        reward=rewarder,
+        judge=RULE,
+        model=MODEL,
+        data=data(path, held_out=1.0),
+    )
+
+
+def align(folder: Path) -> AlignConfig:
+    """Every stage, each for a moment."""
+    usual = AlignConfig()
+    train = replace(TRAIN, max_steps=6, eval_every=0, save_every=4)
+    return AlignConfig(
+        sizes=TaskSizes(sft=64, candidates=24, set=16, held_out=6),
+        gate="warn",
+        model=MODEL,
+        sft=replace(usual.sft, train=train),
+        candidates=replace(usual.candidates, n=3, max_new_tokens=6, chunk=12),
+        annotate=replace(usual.annotate, shard=12, min_consistency=0.0),
+        reward=replace(usual.reward, train=train),
+        sample=replace(usual.sample, n=4, max_new_tokens=6, chunk=8),
+        rejection=replace(usual.rejection, train=train),
+        dpo=replace(usual.dpo, train=train),
+        evaluate=replace(usual.evaluate, samples=3, max_new_tokens=6, chunk=3),
+    )
+
+
+CASES: dict[str, Callable[[Path], Any]] = {
+    "align": align,
+    "sft": sft,
+    "annotate": annotate,
+    "reward": reward,
+    "sample": sample,
+    "rejection": rejection,
+    "dpo": dpo,
+    "evaluate": evaluate,
+}
