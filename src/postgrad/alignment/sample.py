@@ -85,7 +85,7 @@ def effective_n(responses: Sequence[str]) -> int:
 def histogram(name: str, values: Sequence[float], num_bins: int = NUM_BINS) -> Series:
     """Count values in equal bins, as shares over the middles of the bins; whole numbers get bins of their own."""
     low, high = min(values), max(values)
-    whole = all(float(value).is_integer() for value in (low, high)) and high - low < num_bins
+    whole = all(float(value).is_integer() for value in values) and high - low < num_bins
     edges = np.arange(low - 0.5, high + 1.5) if whole else np.linspace(low, high + 1e-9, num_bins + 1)
     counts, _ = np.histogram(values, edges)
     middles = (edges[:-1] + edges[1:]) / 2
