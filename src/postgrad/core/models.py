@@ -5,6 +5,7 @@ Letters: R rows, T tokens of a row, N target tokens, S sequences, D width.
 
 import hashlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = byte_tokenizer()
     else:
         folder = adapters.base_of_adapter(config.path) if _lacks_tokenizer(config.path) else config.path
-        tokenizer = _explain(config.path, AutoTokenizer.from_pretrained, folder)
+        tokenizer = _explain(config.path, lambda: AutoTokenizer.from_pretrained(folder))
     if config.chat_template:
         set_chat_template(tokenizer, config.chat_template)
     if tokenizer.pad_token_id is None:
@@ -133,21 +134,24 @@ def _tiny_llama(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
         return LlamaForCausalLM(settings)
 
 
-def _from_pretrained(kind: Any, path: str, job: Job, frozen: bool, **labels: int) -> Any:
+def _from_pretrained(kind: Any, path: str, job: Job, frozen: bool, num_labels: int = 0) -> Any:
     """Load a model folder with the attention that the device is best at; adapters are merged, one upon another."""
     if adapters.is_adapter(path):
-        model = _from_pretrained(kind, adapters.base_of_adapter(path), job, frozen, **labels)
+        model = _from_pretrained(kind, adapters.base_of_adapter(path), job, frozen, num_labels)
         merged = adapters.merge_adapter(model, path)
         merged.name_or_path = path  # what an adapter trained on top will name as its base
         return merged
     dtype = job.dtype if frozen else torch.float32
-    return _explain(path, kind.from_pretrained, path, dtype=dtype, attn_implementation=_attention(job), **labels)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": _attention(job)}
+    if num_labels:
+        options["num_labels"] = num_labels
+    return _explain(path, lambda: kind.from_pretrained(path, **options))
 
 
-def _explain(path: str, loader: Any, *args: Any, **options: Any) -> Any:
+def _explain(path: str, load: Callable[[], Any]) -> Any:
     """Call a transformers loader; say what to do when it fails."""
     try:
-        return loader(*args, **options)
+        return load()
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -306,7 +310,7 @@ def planned_parameters(config: ModelConfig) -> tuple[int, int]:
     path = config.path
     while adapters.is_adapter(path):
         path = adapters.base_of_adapter(path)
-    settings: PretrainedConfig = _explain(path, AutoConfig.from_pretrained, path)
+    settings: PretrainedConfig = _explain(path, lambda: AutoConfig.from_pretrained(path))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings)
         if config.lora_rank:

@@ -35,10 +35,18 @@ def tree_attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend within the segments given as ``segments``; [R, T, H, E] as transformers expects of an attention."""
-    segments = options.pop("segments", None)
+    segments = options.get("segments")
     if segments is None:
         plain: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=options.get("is_causal"),
+            position_bias=options.get("position_bias"),
         )
         return plain
     assert query.shape[0] == 1, "segments describe one row"

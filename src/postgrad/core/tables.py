@@ -97,20 +97,22 @@ def _read_json(path: Path, split: str, limit: int) -> list[Row]:
 
 def _read_csv(path: Path, split: str, limit: int) -> list[Row]:
     csv.field_size_limit(sys.maxsize)
-    rows: list[Row] = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise DataError(
-                        f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} cells, found "
-                        f"{'more' if None in row else 'fewer'}. Quote cells that hold commas or line breaks."
-                    )
-                rows.append(row)
+            return [_whole(row, reader, path) for row in reader]
         except csv.Error as error:
             raise DataError(f"{path}, after line {reader.line_num}: expected comma-separated cells: {error}") from error
-    return rows
+
+
+def _whole(row: Row, reader: "csv.DictReader[str]", path: Path) -> Row:
+    """Refuse a row with more or fewer cells than the header; the reader marks both with None."""
+    if None in row or None in row.values():
+        raise DataError(
+            f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} cells, found "
+            f"{'more' if None in row else 'fewer'}. Quote cells that hold commas or line breaks."
+        )
+    return row
 
 
 def _read_parquet(path: Path, split: str, limit: int) -> list[Row]:
