@@ -30,7 +30,8 @@ def with_data(data: DataConfig, kind: Kind, folder: Path, seed: int) -> DataConf
 
 
 def _write(kind: Kind, folder: Path, seed: int) -> Path:
-    paths = write_tasks(folder, seed, TaskSizes())
+    # The other files do not depend on how many conversations there are, and those take longest to make.
+    paths = write_tasks(folder, seed, TaskSizes() if kind == "sft" else TaskSizes(sft=0))
     if kind in paths:
         return paths[kind]
     rng = Random(stage_seed(seed, "built-in", kind))

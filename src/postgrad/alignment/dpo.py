@@ -21,8 +21,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from postgrad.alignment.logratios import Logprobs, length_desensitised, logratio_metrics
 from postgrad.alignment.pairs import parse_strategy
@@ -143,7 +143,7 @@ def plan(config: DPOConfig) -> Plan:
     return training_plan(len(found.train), found.counts, config.model, config.train)
 
 
-def answer_logprobs(model: PreTrainedModel, ld_alpha: float, rows: Rows) -> Float[Tensor, " S"]:
+def answer_logprobs(model: nn.Module, ld_alpha: float, rows: Rows) -> Float[Tensor, " S"]:
     """Return each answer's log-probability, tokens past the pair's shorter length weighted by ``ld_alpha``."""
     if ld_alpha == 1:
         return sequence_logprobs(model, rows)
@@ -159,7 +159,7 @@ def batch_of(policy: Float[Tensor, " S"], data: PairData, index: Sequence[int], 
     return Logprobs(policy.view(shape), reference, lengths.view(shape), data.p[at].to(device))
 
 
-def dpo_step(config: DPOConfig, model: PreTrainedModel, data: PairData, rows: Rows, step: int) -> Loss:
+def dpo_step(config: DPOConfig, model: nn.Module, data: PairData, rows: Rows, step: int) -> Loss:
     """Return a micro-batch's summed loss; its weight is its number of prompts."""
     batch = batch_of(answer_logprobs(model, config.ld_alpha, rows), data, rows.index, rows.lengths)
     loss = preference_loss(config.loss, batch, loss_settings(config))
@@ -202,7 +202,7 @@ def part(data: PairData, start: int, end: int) -> PairData:
 
 
 def with_reference(
-    config: DPOConfig, policy: PreTrainedModel, data: PairData, batch: Callable[..., list[Rows]], job: Job
+    config: DPOConfig, policy: nn.Module, data: PairData, batch: Callable[..., list[Rows]], job: Job
 ) -> PairData:
     """Add the reference's log-probabilities; another reference model than the policy is loaded, used and freed."""
     if config.loss in REFERENCE_FREE:

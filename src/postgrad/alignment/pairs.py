@@ -122,9 +122,7 @@ def nearest_to(values: Float[np.ndarray, " M"], aim: float) -> int:
     return int(np.argmin(np.abs(values - aim)))
 
 
-def reject(
-    candidates: Candidates, chosen: int, strategy: Strategy, generator: np.random.Generator
-) -> int | None:
+def reject(candidates: Candidates, chosen: int, strategy: Strategy, generator: np.random.Generator) -> int | None:
     """Pick the rejected answer for a chosen one.
 
     Returns: its position, or None where no answer qualifies.
@@ -164,9 +162,7 @@ def _by_feature(candidates: Candidates, chosen: int, lower: Int[np.ndarray, " M"
     return int(lower[nearest_to(values[lower], float(values[chosen]))])
 
 
-def pick_pair(
-    candidates: Candidates, *, rank: int, strategy: Strategy, generator: np.random.Generator
-) -> Pick:
+def pick_pair(candidates: Candidates, *, rank: int, strategy: Strategy, generator: np.random.Generator) -> Pick:
     """Pick a chosen answer by its rank (1 = best) and a rejected one by the strategy, or say why not."""
     problem = _problem(candidates.scores, rank)
     if problem:

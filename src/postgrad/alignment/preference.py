@@ -272,9 +272,7 @@ LOSSES: dict[str, PreferenceLoss] = {
 REFERENCE_FREE = frozenset({"sft", "simpo", "cpo", "orpo"})
 MULTIWISE = frozenset({"pl_dpo", "s_dpo"})
 _NEEDS_LENGTHS = REFERENCE_FREE | {"ipo", "sigmoid_norm"}
-_USES_DIVERGENCE = frozenset(
-    {"sigmoid", "cdpo", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "discopop"}
-)
+_USES_DIVERGENCE = frozenset({"sigmoid", "cdpo", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "discopop"})
 
 
 def preference_loss(name: str, batch: Logprobs, settings: LossSettings) -> Float[Tensor, " B"]:

@@ -23,8 +23,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from postgrad.alignment.builtin import with_data
 from postgrad.alignment.comparisons import (
@@ -147,23 +146,22 @@ def prompt_losses(
     return ranking(scores, gold) + config.center * (2 * mean) ** 2
 
 
-def reward_step(config: RewardConfig, model: PreTrainedModel, data: Comparisons, rows: Rows, step: int) -> Loss:
+def reward_step(config: RewardConfig, model: nn.Module, data: Comparisons, rows: Rows, step: int) -> Loss:
     """Return a micro-batch's summed loss; its weight is its number of prompts."""
-    scores = to_table(sequence_scores(model, rows), ~data.at(rows.index).isnan())  # [B, K]
+    gold = data.at(rows.index)  # [B, K]
+    scores = to_table(sequence_scores(model, rows), ~gold.isnan())  # [B, K]
     losses = prompt_losses(config, data, rows.index, scores)
-    num, num_answers = float(losses.shape[0]), float(rows.num_sequences)
-    best = scores.detach().argmax(1).cpu() == data.at(rows.index).nan_to_num(-torch.inf).argmax(1)
+    num = float(losses.shape[0])
+    gold = gold.nan_to_num(-torch.inf).to(scores.device)
+    best = scores.detach().masked_fill(gold.isinf(), -torch.inf).argmax(1) == gold.argmax(1)
     metrics: dict[str, Metric] = {
-        "top1": (float(best.sum()), num),
-        "score": (scores.detach().sum(), num_answers),
-        "score_square": (scores.detach().square().sum(), num_answers),
+        "best_found": (best.float().sum(), num),
+        "score": (scores.detach().sum(), float(rows.num_sequences)),
     }
     return Loss(losses.sum(), num, metrics, rows.num_tokens)
 
 
-def held_out_scores(
-    model: PreTrainedModel, held: Comparisons, batches: Sequence[Rows], job: Job
-) -> Float[Tensor, "G K"]:
+def held_out_scores(model: nn.Module, held: Comparisons, batches: Sequence[Rows], job: Job) -> Float[Tensor, "G K"]:
     """Score the held-out answers, as a table."""
     values = spread_values(held.trees, batches, partial(sequence_scores, model), job)
     return to_table(torch.tensor([x for row in values for x in row]), ~held.gold.isnan())

@@ -21,8 +21,8 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from postgrad.alignment.builtin import with_data
 from postgrad.alignment.wiring import Plan, check_training, counts_table, spread_values, training_plan
@@ -111,7 +111,7 @@ def marked(tree: Tree, turns: str) -> Tree:
     return replace(tree, supervised=last_turn(tree.supervised)) if turns == "last" else tree
 
 
-def sft_step(model: PreTrainedModel, trees: Sequence[Tree], weighted: bool, rows: Rows, step: int) -> Loss:
+def sft_step(model: nn.Module, trees: Sequence[Tree], weighted: bool, rows: Rows, step: int) -> Loss:
     """Return a micro-batch's summed loss; its weight is its supervised tokens, times their conversation's weight."""
     num = float(rows.target.shape[0])
     if not weighted:
