@@ -73,7 +73,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
 
 
 def _widen(room: Tensor, like: Tensor, size: int) -> Tensor:
-    wider = like.new_zeros((*like.shape[:-2], size, like.shape[-1]))
+    wider = like.new_empty((*like.shape[:-2], size, like.shape[-1]))
     if room.shape[-2]:
         wider[..., : room.shape[-2], :] = room
     return wider
