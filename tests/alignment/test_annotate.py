@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from fake_server import Answer, Body, FakeServer, answers_in, chat
 
 from postgrad.alignment import annotate, judge
@@ -15,9 +16,11 @@ from postgrad.alignment.annotate import SCHEMA, AnnotateConfig, settle
 from postgrad.alignment.endpoint import EndpointConfig
 from postgrad.alignment.judge import Comparison, JudgeConfig, Opinion, RuleJudge, Verdict
 from postgrad.alignment.tasks import score
-from postgrad.core.config import DataConfig, RuntimeConfig, dump_config, load_config
+from postgrad.core.config import DataConfig, ModelConfig, RuntimeConfig, dump_config, load_config
 from postgrad.core.data import load_pairs
+from postgrad.core.models import load_reward_model, save_model
 from postgrad.core.report import Note, Table
+from postgrad.core.runtime import Job
 from postgrad.core.store import read_manifest, read_store
 from postgrad.errors import ArtefactError, ConfigError, EndpointError, GateError
 
@@ -121,6 +124,24 @@ def test_the_pairs_are_what_a_reward_model_reads(tmp_path: Path) -> None:
         assert pair.p == 1 and pair.margin > 0
     again = settings(tmp_path / "again", tmp_path / "run")
     assert annotate.run(again).results["judged"] == 40, "judged pairs can be judged anew"
+
+
+def test_without_data_the_built_in_task_is_judged(tmp_path: Path) -> None:
+    config = replace(settings(tmp_path / "run", tmp_path), data=DataConfig(limit=30))
+    results = annotate.run(config).results
+    assert results["judged"] == 30 and 15 < int(results["kept"]) <= 30
+
+
+def test_a_reward_model_annotates_without_a_liking_for_positions(tmp_path: Path) -> None:
+    model_config, device = ModelConfig(tiny_width=16, tiny_layers=1), torch.device("cpu")
+    job = Job("reward", tmp_path, 3, device, torch.float32, rank=0, world=1, quiet=True)
+    save_model(*load_reward_model(model_config, job), tmp_path / "model")
+    judged_by = JudgeConfig(kind="reward", reward=str(tmp_path / "model"))
+    report = annotate.run(settings(tmp_path / "run", write_sets(tmp_path), judge=judged_by))
+    rows = read_store(tmp_path / "run" / "pairs")
+    assert report.results["consistency"] == 1 and report.results["p_first"] == pytest.approx(0.5)
+    for row in rows:
+        assert row["p_a"] == pytest.approx(1 / (1 + math.exp(-row["margin"]))) and row["judge"].startswith("reward:")
 
 
 def test_asking_twice_cleans_a_noisy_judge(tmp_path: Path) -> None:
@@ -302,7 +323,7 @@ def test_a_liking_for_the_second_place_is_noted(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"path": ""}, "data.path is empty"),
+        ({"path": "", "judge": JudgeConfig(kind="endpoint", endpoint=EndpointConfig(model="m"))}, "data.path is empty"),
         ({"shard": 0}, "shard must be at least 1"),
         ({"min_consistency": 1.5}, "min_consistency"),
         ({"judge": JudgeConfig(kind="reward")}, "judge.reward"),

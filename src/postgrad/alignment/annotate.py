@@ -17,11 +17,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from postgrad.alignment.builtin import with_data
 from postgrad.alignment.candidates import Candidates, Question, form_questions, load_candidates, source_hash
 from postgrad.alignment.judge import (
     EndpointJudge,
@@ -87,7 +89,7 @@ class AnnotateConfig:
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     """Who judges."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Responses: a run folder of `sample`, or a file with response_a and response_b, or with responses."""
+    """Responses: a run folder of `sample`, a file with response_a and response_b, or one with responses."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     """Where and how the run happens."""
 
@@ -158,10 +160,10 @@ def to_row(question: Question, ab: Verdict, ba: Verdict, judge: Judge, tie: TieP
 def check(config: AnnotateConfig) -> None:
     """Refuse settings that cannot work."""
     check_judge(config.judge)
-    if not config.data.path:
+    if config.judge.kind != "rule" and not config.data.path:
         raise ConfigError(
-            "data.path is empty: expected responses to compare, a run folder of postgrad sample or a file with "
-            "response_a and response_b."
+            f"data.path is empty, which means the built-in task, but judge.kind is '{config.judge.kind}': expected "
+            "responses to compare, a run folder of postgrad sample or a file with response_a and response_b."
         )
     if config.pairs_per_prompt < 1 or config.shard < 1:
         raise ConfigError(
@@ -175,7 +177,8 @@ def check(config: AnnotateConfig) -> None:
 def plan(config: AnnotateConfig) -> dict[str, str | int | float]:
     """Say how many comparisons a run makes and, for an endpoint, what they cost at most."""
     check(config)
-    loaded = load_candidates(config.data)
+    with TemporaryDirectory() as folder:
+        loaded = load_candidates(with_data(config.data, "sets", Path(folder), config.runtime.seed))
     groups = _questions(config, loaded.items)
     shown = [each for group in groups for q in group for each in (q.comparison, q.comparison.swapped())]
     costs = EndpointJudge(config.judge).estimate(shown) if config.judge.kind == "endpoint" else {}
@@ -195,16 +198,18 @@ def judge_shards(config: AnnotateConfig, groups: list[list[Question]], judge: Ju
     pairs, dropped = job.folder / "pairs", job.folder / "dropped"
     rows: list[Row] = []
     shards = [groups[i : i + config.shard] for i in range(0, len(groups), config.shard)]
-    with progress(job, len(groups), "judging") as bar:
+    done = sum(len(shard) for index, shard in enumerate(shards) if has_shard(pairs, index))
+    with progress(job, len(groups), "prompts judged", done) as bar:
         for index, shard in enumerate(shards):
             if has_shard(pairs, index):
                 known = _read_shard(job.folder, index, shard)
                 judge.ledger.cost += sum(row["cost"] for row in known)
+                judge.ledger.tokens_in += sum(row["tokens_in"] for row in known)
+                judge.ledger.tokens_out += sum(row["tokens_out"] for row in known)
                 rows += known
-                bar.advance(len(shard))
                 continue
             if stop_requested():
-                raise Interrupted(f"Stopped after {len(rows)} pairs.")
+                raise Interrupted(f"{len(rows)} pairs are saved in {pairs}.")
             questions = [question for group in shard for question in group]
             verdicts = compare_both(judge, [question.comparison for question in questions])
             found = [
@@ -240,18 +245,19 @@ def run(config: AnnotateConfig) -> Report:
         return report
     if job.world > 1:
         raise ConfigError(f"annotate runs in one process, found {job.world}; start it without torchrun.")
-    loaded = load_candidates(config.data)
+    data = with_data(config.data, "sets", job.folder, job.seed)
+    loaded = load_candidates(data)
     groups = _questions(config, loaded.items)
     judge = make_judge(config.judge, job, config.data)
     with stop_on_signals():
         rows = judge_shards(config, groups, judge, job)
     if all(row["reason"] for row in rows):
         raise DataError(
-            f"{config.data.path}: expected pairs to keep, but all {len(rows)} were dropped "
+            f"{data.path}: expected pairs to keep, but all {len(rows)} were dropped "
             f"({', '.join(sorted({row['reason'] for row in rows}))}). Use tie = 'soft', or another judge."
         )
     settings = {"tie": config.tie, "pairing": config.pairing, "judge": judge.name, "prompt": judge.version}
-    parents = {"data": source_hash(config.data, loaded.items)}
+    parents = {"data": source_hash(data, loaded.items)}
     num_kept = sum(not row["reason"] for row in rows)
     for name, count in (("dropped", len(rows) - num_kept), ("pairs", num_kept)):
         counts = {**loaded.counts, "judged": len(rows), "pairs": count}

@@ -77,7 +77,7 @@ LOWEST = {
 }
 
 
-def check_endpoint(config: EndpointConfig, key: str = "judge.endpoint") -> None:
+def check_endpoint(config: EndpointConfig, key: str = "endpoint") -> None:
     """Refuse settings that cannot work, or that would put a secret into a file.
 
     Raises:  ConfigError; it never repeats a value that may be a key.
@@ -232,7 +232,7 @@ class Endpoint:
         if self._failure:
             raise self._failure
         if any(name not in replies for name in missing):
-            raise Interrupted(f"Stopped; replies paid for are in {self.cache}. The same command continues.")
+            raise Interrupted(f"Replies paid for are in {self.cache}.")
 
     async def _worker(
         self,
@@ -280,7 +280,7 @@ class Endpoint:
                 self._failure = EndpointError(
                     f"{self.url}: the budget of {self.config.budget:g} ends here: {self.ledger.cost:.6g} is "
                     f"spent and the next request may cost {reserve:.6g}. All replies paid for are in {self.cache}: "
-                    "a run with a higher judge.endpoint.budget and another runtime.folder pays none again."
+                    "a run with a higher endpoint.budget and another runtime.folder pays none again."
                 )
                 return False
             desk.in_flight += 1
@@ -341,7 +341,7 @@ class Endpoint:
     def _explain(self, trouble: Trouble, attempts: int) -> str:
         tries = "" if attempts == 1 else f" after {attempts} attempts"
         todo = trouble.todo or "see that the server runs there and is well, then run the same command again"
-        todo = todo.format(key_env=self.config.key_env or "(none: set judge.endpoint.key_env)")
+        todo = todo.format(key_env=self.config.key_env or "(none: set endpoint.key_env)")
         model = self.config.model
         return (
             f"{self.url} (model {model!r}): expected a chat completion, found {trouble.what}{tries}: "

@@ -152,7 +152,7 @@ def classify(status: int, headers: Mapping[str, str], text: str) -> Trouble:
     if status == 402 or (status == 429 and "insufficient_quota" in text):
         return Trouble(what, detail, retry=False, todo="top up the account, then run the same command again")
     if status == 404:
-        todo = "see that judge.endpoint.base_url ends in its version (/v1) and that the server has this model"
+        todo = "see that endpoint.base_url ends in its version (/v1) and that the server has this model"
         return Trouble(what, detail, retry=False, todo=todo)
     if status in (408, 425, 429) or status >= 500:
         wait = retry_after(headers.get("retry-after", ""), datetime.now(UTC))
@@ -160,7 +160,7 @@ def classify(status: int, headers: Mapping[str, str], text: str) -> Trouble:
             todo = f"the server wants {wait:.0f} s of quiet; run the same command again after that"
             return Trouble(what, detail, retry=False, todo=todo)
         return Trouble(what, detail, retry=True, wait_s=wait)
-    return Trouble(what, detail, retry=False, todo="see that judge.endpoint.base_url serves chat completions")
+    return Trouble(what, detail, retry=False, todo="see that endpoint.base_url serves chat completions")
 
 
 def retry_after(value: str, now: datetime) -> float:
