@@ -188,8 +188,8 @@ def test_a_wrong_recipe_is_refused_without_traceback(toy: Path, capsys: Output) 
         ),
         ("deep disk", 1, "The disk is full: writer died. Free some space; the same command continues."),
         ("nan", 1, "loss is nan at step 3"),
-        ("signal", 130, "Saved step 7. Stopped; the same command continues."),
-        ("ctrl-c", 130, "Stopped; the same command continues."),
+        ("signal", 130, "Saved step 7. The same command continues."),
+        ("ctrl-c", 130, "Stopped. The same command continues."),
     ],
 )
 def test_what_goes_wrong_is_said_in_one_message(toy: Path, capsys: Output, fail: str, status: int, words: str) -> None:

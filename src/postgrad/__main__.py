@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _complain(str(error), MISUSED)
     except (Interrupted, KeyboardInterrupt) as error:
-        return _complain(f"{error} Stopped; the same command continues.".strip(), STOPPED)
+        return _complain(f"{str(error) or 'Stopped.'} The same command continues.", STOPPED)
     except PostgradError as error:
         return _complain(str(error), FAILED)
     except Exception as error:
@@ -60,6 +60,9 @@ def _command(arguments: list[str]) -> int:
     if dry_run:
         _print_plan(name, module, config)
         return OK
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar for every file that is loaded or saved would drown our own
     report = module.run(config)
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this command once a device
         from postgrad.core.report import print_report
