@@ -17,18 +17,10 @@ from transformers import (
 )
 
 from postgrad.core import segments
+from postgrad.core.batches import eval_batches, micro_batches, sequence_values, tree_batches
 from postgrad.core.config import DataConfig, TrainConfig
 from postgrad.core.models import sequence_logprobs, target_logprobs
-from postgrad.core.rows import (
-    Tree,
-    eval_batches,
-    first_fit,
-    micro_batches,
-    pack,
-    sequence_values,
-    tree_batches,
-    tree_mask,
-)
+from postgrad.core.rows import Tree, first_fit, pack, tree_mask
 from postgrad.core.runtime import Job
 
 VOCABULARY = 61
@@ -174,6 +166,15 @@ def test_micro_batches_hold_every_tree_once_under_the_budget(layout):
     assert sorted(i for rows in batches for i in rows.index) == list(range(30))
     assert all(rows.tokens.numel() <= 2 * 100 or len(rows.index) == 1 for rows in batches)
     assert sum(rows.num_sequences for rows in batches) == sum(t.num_sequences for t in trees)
+
+
+def test_gpu_rows_have_one_shape():
+    """FlexAttention compiles a kernel for every shape, so all micro-batches but oversized ones are alike."""
+    gpu = torch.device("cuda")
+    batches = micro_batches(
+        random_trees(30), range(30), row_length=0, micro_tokens=100, layout="tree", pad_id=0, device=gpu
+    )
+    assert {rows.tokens.shape for rows in batches} == {(1, 128)}
 
 
 def test_training_order_is_a_permutation_an_epoch_and_ranks_share_a_step():

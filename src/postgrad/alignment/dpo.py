@@ -36,13 +36,14 @@ from postgrad.alignment.preference import (
 from postgrad.alignment.reference import reference_logprobs
 from postgrad.alignment.selection import PickSettings, select, write_pairs
 from postgrad.alignment.wiring import Plan, check_training, counts_table, spread_values, training_plan
+from postgrad.core.batches import eval_batches, tree_batches
 from postgrad.core.config import DataConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
 from postgrad.core.distributed import first_rank
 from postgrad.core.loop import Loss, Metric, train
 from postgrad.core.metrics import mean_interval
 from postgrad.core.models import choose_layout, load_lm, save_model, sequence_logprobs, target_logprobs
 from postgrad.core.report import Cell, Note, Report, Section
-from postgrad.core.rows import Rows, Tree, eval_batches, tree_batches
+from postgrad.core.rows import Rows, Tree
 from postgrad.core.runtime import Job, finish, finished, start
 from postgrad.core.text import answer_trees
 from postgrad.errors import ConfigError
@@ -239,7 +240,7 @@ def run(config: DPOConfig) -> Report:
     layout, pad = choose_layout(config.model, model, job), tokenizer.pad_token_id
     micro_tokens = config.train.micro_tokens
     everything, num_train, counts = load_trees(config, tokenizer, job)
-    batch = partial(eval_batches, row_length=0, micro_tokens=micro_tokens, layout=layout, pad_id=pad)
+    batch = partial(eval_batches, row_length=0, micro_tokens=micro_tokens, layout=layout, pad_id=pad, device=job.device)
     everything = with_reference(config, model, everything, batch, job)
     data, held = part(everything, 0, num_train), part(everything, num_train, len(everything.trees))
     batches = tree_batches(data.trees, config.train, job, data=config.data, layout=layout, pad_id=pad)

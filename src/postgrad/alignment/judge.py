@@ -26,11 +26,12 @@ from postgrad.alignment.judge_prompts import (
     read_single,
 )
 from postgrad.alignment.tasks import score as task_score
+from postgrad.core.batches import eval_batches, sequence_values
 from postgrad.core.config import DataConfig, ModelConfig
 from postgrad.core.items import Message
 from postgrad.core.models import choose_layout, load_reward_model, model_hash, sequence_scores
 from postgrad.core.precision import autocast
-from postgrad.core.rows import Layout, Rows, eval_batches, sequence_values
+from postgrad.core.rows import Layout, Rows
 from postgrad.core.runtime import Job, stage_seed, stop_requested
 from postgrad.core.text import answer_trees
 from postgrad.errors import ConfigError, DataError, EndpointError
@@ -278,6 +279,7 @@ class RewardModelJudge:
             micro_tokens=SCORED_TOKENS,
             layout=self._layout,
             pad_id=pad_id,
+            device=self._job.device,
         )
         moved: list[Rows] = [rows.to(self._job.device) for rows in batches]
         with autocast(self._job):

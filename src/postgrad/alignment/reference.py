@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from postgrad.core.batches import sequence_values
 from postgrad.core.distributed import barrier, first_rank
 from postgrad.core.models import model_hash
 from postgrad.core.precision import autocast
-from postgrad.core.rows import Rows, Tree, sequence_values
+from postgrad.core.rows import Rows, Tree
 from postgrad.core.runtime import Job, progress, stop_on_signals, stop_requested
 from postgrad.core.store import content_hash, has_shard, is_sealed, read_store, seal, shard_path, write_shard
 from postgrad.errors import ArtefactError, Interrupted

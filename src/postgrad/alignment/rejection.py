@@ -28,13 +28,13 @@ from postgrad.alignment.judge import JudgeConfig, check_judge, make_judge
 from postgrad.alignment.pairs import ranking
 from postgrad.alignment.sft import SFTConfig, evaluation, load_trees, sft_loss, sft_step
 from postgrad.alignment.wiring import Plan, check_training, counts_table, spread_values, training_plan
+from postgrad.core.batches import eval_batches, tree_batches
 from postgrad.core.config import DataConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
 from postgrad.core.data import ResponseSet, hold_out, load_sets
 from postgrad.core.distributed import first_rank
 from postgrad.core.loop import train
 from postgrad.core.models import choose_layout, load_lm, save_model, sequence_logprobs
 from postgrad.core.report import Note, Plot, Report, Section, Table
-from postgrad.core.rows import eval_batches, tree_batches
 from postgrad.core.runtime import Job, finish, finished, stage_seed, start
 from postgrad.core.store import content_hash, is_sealed, read_manifest, seal, write_shard
 from postgrad.errors import ArtefactError, ConfigError, DataError
@@ -138,7 +138,9 @@ def run(config: RejectionConfig) -> Report:
     layout, pad = choose_layout(config.model, model, job), tokenizer.pad_token_id
     trees, held, counts = load_trees(settings, tokenizer, job)
     batches = tree_batches(trees, config.train, job, data=data, layout=layout, pad_id=pad)
-    held_batches = eval_batches(held, row_length=0, micro_tokens=config.train.micro_tokens, layout=layout, pad_id=pad)
+    held_batches = eval_batches(
+        held, row_length=0, micro_tokens=config.train.micro_tokens, layout=layout, pad_id=pad, device=job.device
+    )
 
     def evaluate(step: int) -> dict[str, float]:
         return evaluation(spread_values(held, held_batches, partial(sequence_logprobs, model), job), held)

@@ -36,6 +36,7 @@ from postgrad.alignment.comparisons import (
     to_table,
 )
 from postgrad.alignment.wiring import Plan, check_training, counts_table, spread_values, training_plan
+from postgrad.core.batches import eval_batches, tree_batches
 from postgrad.core.config import DataConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
 from postgrad.core.data import hold_out, load_pairs, load_sets
 from postgrad.core.distributed import first_rank
@@ -43,7 +44,7 @@ from postgrad.core.items import Pair, ResponseSet
 from postgrad.core.loop import Loss, Metric, train
 from postgrad.core.models import choose_layout, load_reward_model, save_model, sequence_scores
 from postgrad.core.report import Report
-from postgrad.core.rows import Rows, eval_batches, tree_batches
+from postgrad.core.rows import Rows
 from postgrad.core.runtime import Job, finish, finished, start
 from postgrad.errors import ConfigError
 
@@ -207,7 +208,9 @@ def run(config: RewardConfig) -> Report:
     data, held = (comparisons(part, tokenizer, config.data) for part in (items, held_items))
     micro_tokens = config.train.micro_tokens
     batches = tree_batches(data.trees, config.train, job, data=config.data, layout=layout, pad_id=pad)
-    held_batches = eval_batches(held.trees, row_length=0, micro_tokens=micro_tokens, layout=layout, pad_id=pad)
+    held_batches = eval_batches(
+        held.trees, row_length=0, micro_tokens=micro_tokens, layout=layout, pad_id=pad, device=job.device
+    )
 
     def evaluate(step: int) -> dict[str, float]:
         return evaluation(config, held, held_out_scores(model, held, held_batches, job))

@@ -15,12 +15,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.alignment.responses import Answers, read_answers, read_counts, shard_column
+from postgrad.core.batches import eval_batches, sequence_values
 from postgrad.core.config import DataConfig, ModelConfig
 from postgrad.core.data import Message
 from postgrad.core.distributed import barrier, first_rank, on_every_rank
 from postgrad.core.models import choose_layout, load_reward_model, model_hash, sequence_scores
 from postgrad.core.precision import autocast
-from postgrad.core.rows import Layout, Tree, eval_batches, sequence_values
+from postgrad.core.rows import Layout, Tree
 from postgrad.core.runtime import Job, progress, stop_on_signals, stop_requested
 from postgrad.core.store import has_shard, is_sealed, read_manifest, seal, store_hash, write_shard
 from postgrad.core.text import answer_trees
@@ -81,6 +82,7 @@ class Scorer:
             micro_tokens=ROW_TOKENS,
             layout=self.layout,
             pad_id=self.tokenizer.pad_token_id or 0,
+            device=self.job.device,
         )
         moved = (rows.to(self.job.device) for rows in batches)
         with autocast(self.job):

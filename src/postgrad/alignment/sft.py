@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from postgrad.alignment.builtin import with_data
 from postgrad.alignment.wiring import Plan, check_training, counts_table, spread_values, training_plan
+from postgrad.core.batches import eval_batches, tree_batches
 from postgrad.core.config import DataConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
 from postgrad.core.data import hold_out, load_examples
 from postgrad.core.distributed import first_rank
@@ -40,7 +41,7 @@ from postgrad.core.models import (
     target_nll,
 )
 from postgrad.core.report import Report
-from postgrad.core.rows import Rows, Tree, eval_batches, tree_batches
+from postgrad.core.rows import Rows, Tree
 from postgrad.core.runtime import Job, finish, finished, start
 from postgrad.core.text import conversation_trees
 
@@ -148,7 +149,9 @@ def run(config: SFTConfig) -> Report:
     trees, held, counts = load_trees(config, tokenizer, job)
     micro_tokens = config.train.micro_tokens
     batches = tree_batches(trees, config.train, job, data=config.data, layout=layout, pad_id=pad)
-    held_batches = eval_batches(held, row_length=0, micro_tokens=micro_tokens, layout=layout, pad_id=pad)
+    held_batches = eval_batches(
+        held, row_length=0, micro_tokens=micro_tokens, layout=layout, pad_id=pad, device=job.device
+    )
 
     def evaluate(step: int) -> dict[str, float]:
         return evaluation(spread_values(held, held_batches, partial(sequence_logprobs, model), job), held)

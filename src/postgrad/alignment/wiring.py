@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from postgrad.core.batches import num_steps, sequence_values
 from postgrad.core.config import DataConfig, ModelConfig, TrainConfig
 from postgrad.core.distributed import gather_objects
 from postgrad.core.models import planned_parameters, training_memory_gib
 from postgrad.core.precision import autocast
 from postgrad.core.report import Table
-from postgrad.core.rows import Rows, Tree, num_steps, sequence_values
+from postgrad.core.rows import Rows, Tree
 from postgrad.core.runtime import Job
 from postgrad.errors import ConfigError
 

@@ -11,7 +11,7 @@ Differs: any number of answers a prompt, whole conversations as trees without an
 sequence a row) for models that cannot take a custom mask.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,14 +20,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from postgrad.core.config import DataConfig, TrainConfig
-from postgrad.core.runtime import Job, stage_seed
 from postgrad.core.segments import Segment
 
 Layout = Literal["tree", "flat"]
 PADDING = -1
-CALL_COST = 512
-"""What one attention call costs beside its work, in query-key pairs (measured on a CPU, 8 heads)."""
+CPU_MULTIPLE, GPU_MULTIPLE = 8, 128
+"""Rows are padded to a multiple of this many tokens."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ def pack(
     row_length: int,
     layout: Layout,
     pad_id: int,
-    multiple: int = 8,
+    multiple: int = CPU_MULTIPLE,
 ) -> Rows:
     """Pack the trees at ``index`` into one micro-batch.
 
@@ -162,6 +160,8 @@ def pack(
     lengths = [unit.num_tokens for unit in units]
     bins = [[i] for i in range(len(units))] if layout == "flat" else first_fit(lengths, max(row_length, max(lengths)))
     used = max(sum(lengths[i] for i in members) for members in bins)
+    if multiple == GPU_MULTIPLE and layout == "tree":
+        used = max(used, row_length)  # one shape for all micro-batches
     width = -(-used // multiple) * multiple
     grid = np.zeros((4, len(bins), width), dtype=np.int64)  # tokens, positions, group, branch
     grid[0] = pad_id
@@ -235,150 +235,3 @@ def _targets(units: Sequence[Tree], start: np.ndarray) -> tuple[Tensor, Tensor, 
     sequence = np.repeat(np.arange(len(counts)), counts)
     flat = [np.concatenate(part).astype(np.int64) for part in (source, target)]
     return (*map(torch.from_numpy, (*flat, sequence)), torch.tensor(ends))  # type: ignore[return-value]
-
-
-def micro_batches(
-    trees: Sequence[Tree],
-    index: Sequence[int],
-    *,
-    row_length: int,
-    micro_tokens: int,
-    layout: Layout,
-    pad_id: int,
-) -> list[Rows]:
-    """Split trees into micro-batches of about ``micro_tokens`` packed tokens, longest trees first.
-
-    ``row_length`` is the least width of a row; 0 takes what attention on a CPU is cheapest with: rows as narrow as
-    the longest tree, or all trees in one row that is attended tree by tree.
-    """
-    order = sorted(index, key=lambda i: (-_width(trees[i], layout), i))
-    batches: list[Rows] = []
-    at = 0
-    while at < len(order):
-        width = max(row_length, _width(trees[order[at]], layout))
-        end, tokens = at, 0
-        while end < len(order) and (end == at or tokens + _load(trees[order[end]], layout, width) <= micro_tokens):
-            tokens += _load(trees[order[end]], layout, width)
-            end += 1
-        members = sorted(order[at:end])
-        if not row_length and layout == "tree":
-            width = _cheaper_width([trees[i] for i in members], width)
-        batches.append(pack(trees, members, row_length=width, layout=layout, pad_id=pad_id))
-        at = end
-    return batches
-
-
-def _cheaper_width(trees: Sequence[Tree], narrow: int) -> int:
-    """Weigh many narrow rows under a dense mask against one long row attended tree by tree (core/segments.py)."""
-    total = sum(tree.num_tokens for tree in trees)
-    dense = -(-total // narrow) * narrow**2
-    exact = sum(len(t.prompt) ** 2 + sum(len(a) * (len(t.prompt) + len(a)) for a in t.answers) for t in trees)
-    calls = sum(1 + len(tree.answers) for tree in trees)
-    return total if exact + CALL_COST * calls < dense else narrow
-
-
-def _width(tree: Tree, layout: Layout) -> int:
-    """Give the tokens a row needs to hold the tree."""
-    if layout == "tree" or not tree.answers:
-        return tree.num_tokens
-    return len(tree.prompt) + max(map(len, tree.answers))
-
-
-def _load(tree: Tree, layout: Layout, width: int) -> int:
-    """Give the tokens a tree takes of a micro-batch: a whole row a sequence in the flat layout."""
-    return tree.num_tokens if layout == "tree" else tree.num_sequences * width
-
-
-@dataclass(frozen=True)
-class TreeBatches:
-    """Random access to the micro-batches of every optimizer step; nothing to save or to replay on resume."""
-
-    trees: Sequence[Tree]
-    steps: int
-    batch_size: int
-    micro_tokens: int
-    row_length: int
-    layout: Layout
-    pad_id: int
-    seed: int
-    rank: int
-    world: int
-
-    def __len__(self) -> int:
-        """Optimizer steps in all."""
-        return self.steps
-
-    def items(self, step: int) -> list[int]:
-        """List the trees of a step over all ranks: the step's slice of one endless stream of shuffled epochs."""
-        num_trees = len(self.trees)
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        orders = {p // num_trees: self._order(p // num_trees) for p in (places[0], places[-1])}
-        for epoch in range(places[0] // num_trees, places[-1] // num_trees):
-            orders.setdefault(epoch, self._order(epoch))
-        return [int(orders[p // num_trees][p % num_trees]) for p in places]
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.Generator(np.random.Philox(stage_seed(self.seed, "order", epoch))).permutation(len(self.trees))
-
-    def __getitem__(self, step: int) -> list[Rows]:
-        """Pack this rank's share of a step; trees are dealt by length so that ranks work alike."""
-        dealt = sorted(self.items(step), key=lambda i: (-self.trees[i].num_tokens, i))
-        mine = dealt[self.rank :: self.world]
-        if not mine:
-            return []
-        return micro_batches(
-            self.trees, mine, row_length=self.row_length, micro_tokens=self.micro_tokens, layout=self.layout,
-            pad_id=self.pad_id,
-        )  # fmt: skip
-
-
-def num_steps(num_items: int, config: TrainConfig) -> int:
-    """Count the optimizer steps of a run."""
-    return config.max_steps or max(1, round(config.epochs * num_items / config.batch_size))
-
-
-def tree_batches(
-    trees: Sequence[Tree], config: TrainConfig, job: Job, *, data: DataConfig, layout: Layout, pad_id: int
-) -> TreeBatches:
-    """Batch trees for training: a permutation an epoch keyed by the seed, split over ranks and micro-batches."""
-    return TreeBatches(
-        trees=trees, steps=num_steps(len(trees), config), batch_size=config.batch_size,
-        micro_tokens=config.micro_tokens, row_length=_row_length(data.row_length, config.micro_tokens, job.device),
-        layout=layout, pad_id=pad_id, seed=job.seed, rank=job.rank, world=job.world,
-    )  # fmt: skip
-
-
-def _row_length(row_length: int, micro_tokens: int, device: torch.device) -> int:
-    """Resolve width 0: whole micro-batches in one row where masks are block-sparse (CUDA), else narrow rows."""
-    return row_length or (micro_tokens if device.type == "cuda" else 0)
-
-
-def eval_batches(
-    trees: Sequence[Tree], *, row_length: int, micro_tokens: int, layout: Layout, pad_id: int
-) -> list[Rows]:
-    """Batch trees once each, for scoring and evaluation; ``Rows.index`` says which."""
-    return micro_batches(
-        trees,
-        range(len(trees)),
-        row_length=row_length,
-        micro_tokens=micro_tokens,
-        layout=layout,
-        pad_id=pad_id,
-    )
-
-
-def sequence_values(
-    trees: Sequence[Tree], batches: Iterable[Rows], function: Callable[[Rows], Tensor]
-) -> list[list[float]]:
-    """Compute one value a sequence and hand them back tree by tree, in the order of ``trees``.
-
-    Args: function: rows -> [S], for instance ``partial(sequence_logprobs, model)``.
-    """
-    values: list[list[float]] = [[] for _ in trees]
-    for rows in batches:
-        flat = function(rows).float().tolist()
-        at = 0
-        for i in rows.index:
-            values[i] = flat[at : at + trees[i].num_sequences]
-            at += trees[i].num_sequences
-    return values
