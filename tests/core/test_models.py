@@ -18,7 +18,7 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from postgrad.core.config import ModelConfig
+from postgrad.core.config import DataConfig, ModelConfig
 from postgrad.core.models import (
     choose_layout,
     count_parameters,
@@ -34,6 +34,7 @@ from postgrad.core.models import (
     target_logprobs,
     target_nll,
     training_memory_gib,
+    within_context,
 )
 from postgrad.core.rows import Tree, pack
 from postgrad.core.runtime import Job
@@ -243,6 +244,12 @@ def test_memory_estimate_by_hand():
     """2^30 weights, all trained: 4 for the weight, 4 gradient, 8 AdamW = 16 GiB; frozen: 4 GiB."""
     assert training_memory_gib(2**30, 2**30) == 16
     assert training_memory_gib(2**30, 0) == 4
+
+
+def test_length_is_cut_to_the_models_context():
+    model, _ = load_lm(TINY, JOB)
+    assert within_context(DataConfig(max_length=9999), model).max_length == 512
+    assert within_context(DataConfig(max_length=100), model).max_length == 100
 
 
 def test_tokenizer_gets_a_padding_token(shared):

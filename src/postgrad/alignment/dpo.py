@@ -41,7 +41,7 @@ from postgrad.core.config import DataConfig, ModelConfig, OptimConfig, RuntimeCo
 from postgrad.core.distributed import first_rank
 from postgrad.core.loop import Loss, Metric, train
 from postgrad.core.metrics import mean_interval
-from postgrad.core.models import choose_layout, load_lm, save_model, sequence_logprobs, target_logprobs
+from postgrad.core.models import choose_layout, load_lm, save_model, sequence_logprobs, target_logprobs, within_context
 from postgrad.core.report import Cell, Note, Report, Section
 from postgrad.core.rows import Rows, Tree
 from postgrad.core.runtime import Job, finish, finished, start
@@ -237,6 +237,7 @@ def run(config: DPOConfig) -> Report:
     if report := finished(job):
         return report
     model, tokenizer = load_lm(config.model, job)
+    config = replace(config, data=within_context(config.data, model))
     layout, pad = choose_layout(config.model, model, job), tokenizer.pad_token_id
     micro_tokens = config.train.micro_tokens
     everything, num_train, counts = load_trees(config, tokenizer, job)

@@ -33,7 +33,7 @@ from postgrad.core.config import DataConfig, ModelConfig, OptimConfig, RuntimeCo
 from postgrad.core.data import ResponseSet, hold_out, load_sets
 from postgrad.core.distributed import first_rank
 from postgrad.core.loop import train
-from postgrad.core.models import choose_layout, load_lm, save_model, sequence_logprobs
+from postgrad.core.models import choose_layout, load_lm, save_model, sequence_logprobs, within_context
 from postgrad.core.report import Note, Plot, Report, Section, Table
 from postgrad.core.runtime import Job, finish, finished, stage_seed, start
 from postgrad.core.store import content_hash, is_sealed, read_manifest, seal, write_shard
@@ -133,8 +133,9 @@ def run(config: RejectionConfig) -> Report:
         return report
     sections = _select(config, job)
     data = replace(config.data, path=str(job.folder / "selected"), limit=0)
-    settings = SFTConfig(turns="last", model=config.model, data=data, train=config.train, runtime=config.runtime)
     model, tokenizer = load_lm(config.model, job)
+    data = within_context(data, model)
+    settings = SFTConfig(turns="last", model=config.model, data=data, train=config.train, runtime=config.runtime)
     layout, pad = choose_layout(config.model, model, job), tokenizer.pad_token_id
     trees, held, counts = load_trees(settings, tokenizer, job)
     batches = tree_batches(trees, config.train, job, data=data, layout=layout, pad_id=pad)

@@ -42,7 +42,7 @@ from postgrad.core.data import hold_out, load_pairs, load_sets
 from postgrad.core.distributed import first_rank
 from postgrad.core.items import Pair, ResponseSet
 from postgrad.core.loop import Loss, Metric, train
-from postgrad.core.models import choose_layout, load_reward_model, save_model, sequence_scores
+from postgrad.core.models import choose_layout, load_reward_model, save_model, sequence_scores, within_context
 from postgrad.core.report import Report
 from postgrad.core.rows import Rows
 from postgrad.core.runtime import Job, finish, finished, start
@@ -203,6 +203,7 @@ def run(config: RewardConfig) -> Report:
     if report := finished(job):
         return report
     model, tokenizer = load_reward_model(config.model, job)
+    config = replace(config, data=within_context(config.data, model))
     layout, pad = choose_layout(config.model, model, job), tokenizer.pad_token_id
     items, held_items, counts = load_items(config, job.folder)
     data, held = (comparisons(part, tokenizer, config.data) for part in (items, held_items))

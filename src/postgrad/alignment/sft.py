@@ -39,6 +39,7 @@ from postgrad.core.models import (
     sequence_logprobs,
     target_logprobs,
     target_nll,
+    within_context,
 )
 from postgrad.core.report import Report
 from postgrad.core.rows import Rows, Tree
@@ -145,6 +146,7 @@ def run(config: SFTConfig) -> Report:
     if report := finished(job):
         return report
     model, tokenizer = load_lm(config.model, job)
+    config = replace(config, data=within_context(config.data, model))
     layout, pad = choose_layout(config.model, model, job), tokenizer.pad_token_id
     trees, held, counts = load_trees(config, tokenizer, job)
     micro_tokens = config.train.micro_tokens

@@ -6,6 +6,7 @@ Letters: R rows, T tokens of a row, N target tokens, S sequences, D width.
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from postgrad.core import adapters, segments
-from postgrad.core.config import ModelConfig
+from postgrad.core.config import DataConfig, ModelConfig
 from postgrad.core.files import atomic_path, flush, remove
 from postgrad.core.masks import attention_inputs
 from postgrad.core.ops import Head, sum_by_sequence, token_logprobs, token_nll
@@ -189,6 +190,13 @@ def _use_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         if model.generation_config.eos_token_id is None:
             model.generation_config.eos_token_id = tokenizer.eos_token_id
+
+
+def within_context(data: DataConfig, model: nn.Module) -> DataConfig:
+    """Lower the longest length asked for to the context the model was built for."""
+    settings = adapters.unwrap(model).config.get_text_config().to_dict()
+    context = settings.get("max_position_embeddings") or settings.get("n_positions") or data.max_length
+    return replace(data, max_length=min(data.max_length, int(context)))
 
 
 def head_of(model: nn.Module) -> Head:
