@@ -23,9 +23,7 @@ EVERY = ("worst", "random", "rank:3", "mu-2sigma", "mu-0.5sigma", "gap:0.1:0.5",
 
 def candidates(scores: np.ndarray = SCORES) -> Candidates:
     """A set with lengths 10, 11, ... and log-probabilities -1, -0.9, ..."""
-    return Candidates(
-        scores=scores, lengths=np.arange(scores.size) + 10, logprobs=np.arange(scores.size) / 10 - 1
-    )
+    return Candidates(scores=scores, lengths=np.arange(scores.size) + 10, logprobs=np.arange(scores.size) / 10 - 1)
 
 
 def pick(strategy: str, rank: int = 1, scores: np.ndarray = SCORES, seed: int = 0) -> Pick:

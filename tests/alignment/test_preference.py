@@ -212,9 +212,7 @@ def test_length_desensitised_by_hand() -> None:
 
 def test_metrics_by_hand() -> None:
     """Ratios (2, -1) and (-1, 0): sums 1 and -1, margin 0.5 * 2, one of two right, kl -0.5 + 0.5."""
-    pairs = Logprobs(
-        torch.tensor([[2.0, -1.0], [-1.0, 0.0]]), torch.zeros(2, 2), torch.tensor([[3, 4], [5, 6]])
-    )
+    pairs = Logprobs(torch.tensor([[2.0, -1.0], [-1.0, 0.0]]), torch.zeros(2, 2), torch.tensor([[3, 4], [5, 6]]))
     metrics = {name: (float(total), weight) for name, (total, weight) in logratio_metrics(pairs, 0.5).items()}
     assert metrics == {
         "chosen_logratio": (1.0, 2.0),
