@@ -27,9 +27,10 @@ from postgrad.alignment.dpo import (
 from postgrad.alignment.preference import MULTIWISE, REFERENCE_FREE
 from postgrad.alignment.reference import reference_logprobs
 from postgrad.alignment.selection import PickSettings, Selected, select
+from postgrad.core.batches import eval_batches
 from postgrad.core.config import DataConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
 from postgrad.core.models import load_lm, save_model
-from postgrad.core.rows import Rows, Tree, eval_batches, pack
+from postgrad.core.rows import Rows, Tree, pack
 from postgrad.core.runtime import Job
 from postgrad.core.store import read_store, seal, write_shard
 from postgrad.errors import ArtefactError, ConfigError, DataError, Interrupted
