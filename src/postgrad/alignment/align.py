@@ -15,6 +15,7 @@ it stopped.
 """
 
 import importlib
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -264,7 +265,8 @@ def summarise(job: Job, reports: dict[str, Report], notes: list[Section]) -> Rep
         (name, round(spent, 1), f"{spent / total:.0%}", _findings(reports[name])) for name, spent in seconds.items()
     ]
     table = Table("What each stage cost and found", ("stage", "seconds", "share", "found"), tuple(costs))
-    return Report("align", job.folder, evaluation.results, (*evaluation.sections, *notes, table))
+    results = {key: value for key, value in evaluation.results.items() if re.search(r"_gold(_low|_high)?$", key)}
+    return Report("align", job.folder, results, (*evaluation.sections, *notes, table))
 
 
 def _findings(report: Report) -> str:

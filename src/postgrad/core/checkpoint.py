@@ -121,7 +121,7 @@ def _write_files(folder: Path, step: int, model: nn.Module, optimizer: Optimizer
     save_file(_plain(model_tensors(model)), folder / "model.safetensors")
     save_file(_plain(tensors), folder / "optimizer.safetensors")
     state = {"step": step, "optimizer": numbers, "extra": dict(extra)}
-    (folder / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     manifest = {name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in FILES}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for path in (*(folder / name for name in FILES), folder / "manifest.json", folder):
