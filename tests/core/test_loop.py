@@ -3,6 +3,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -206,15 +208,32 @@ def test_an_infinite_gradient_of_a_finite_loss_diverges(tmp_path: Path) -> None:
         train_toy(tmp_path, model, loss_fn=loss_fn)
 
 
-def test_what_goes_wrong_in_the_batches_comes_through(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seconds", [0.0, 0.003])
+def test_what_goes_wrong_in_the_batches_comes_through(tmp_path: Path, seconds: float) -> None:
     class Broken(ToyBatches):
         def __getitem__(self, step: int, /) -> Sequence[Tensor]:
-            if step == 2:
+            time.sleep(seconds)
+            if step == 4:
                 raise DataError("row 17 is broken")
             return super().__getitem__(step)
 
     with pytest.raises(DataError, match="row 17"):
         train_toy(tmp_path, batches=Broken())
+
+
+def test_slow_batches_are_made_ahead_once_each(tmp_path: Path, straight: dict[str, bytes]) -> None:
+    made: list[tuple[int, str]] = []
+
+    class Slow(ToyBatches):
+        def __getitem__(self, step: int, /) -> Sequence[Tensor]:
+            made.append((step, threading.current_thread().name))
+            time.sleep(0.003)
+            return super().__getitem__(step)
+
+    train_toy(tmp_path, batches=Slow())
+    assert made == [*((step, "MainThread") for step in range(2)), *((step, "batches") for step in range(2, STEPS))]
+    assert trained(tmp_path) == straight
+    assert "batches" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_step_without_weight_is_refused(tmp_path: Path) -> None:

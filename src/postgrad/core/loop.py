@@ -42,6 +42,9 @@ from postgrad.errors import ArtefactError, ConfigError, DataError, Diverged, Int
 
 __all__ = ["Batches", "Loss", "Metric", "train"]
 
+HAND_OVER_S = 0.001
+"""Making a step's micro-batches in a thread pays when it takes longer than this."""
+
 
 @runtime_checkable
 class Batches(Protocol):
@@ -121,7 +124,7 @@ def train(
     model.train()
     with (
         stop_on_signals(),
-        _Ahead(batches, state.step) as ahead,
+        _Ahead(batches) as ahead,
         progress(job, run.total, job.method, state.step) as bar,
     ):
         clock = _Clock(job)
@@ -246,9 +249,7 @@ def _record(run: _Run, state: _State, step: Tally, clock: "_Clock") -> str:
         entry[0] += value
         entry[1] += weight
     clock.lap(step.tokens)
-    note = ""
-    if _due(run, state.step, run.config.log_every):
-        note = _log(run, state, step, clock)
+    note = _log(run, state, step, clock) if _due(run, state.step, run.config.log_every) else ""
     if run.evaluate is not None and _due(run, state.step, run.config.eval_every):
         _evaluate(run, run.evaluate, state)
         clock.restart()
@@ -320,14 +321,17 @@ def _seed(job: Job, *parts: object) -> None:
 
 
 class _Ahead:
-    """Makes the next step's micro-batches in a thread while this one's are computed on."""
+    """Makes the next step's micro-batches in a thread while this one's are computed on.
 
-    def __init__(self, batches: Batches, first: int) -> None:
+    It begins once two steps running took longer to make than to hand over: one may have waited for the processor.
+    """
+
+    def __init__(self, batches: Batches) -> None:
         self._batches = batches
+        self._num_slow = 0
         self._wanted: SimpleQueue[int | None] = SimpleQueue()
         self._made: SimpleQueue[Sequence[Any] | BaseException] = SimpleQueue()
         self._thread = Thread(target=self._work, name="batches", daemon=True)
-        self._want(first)
 
     def __enter__(self) -> "_Ahead":
         self._thread.start()
@@ -339,6 +343,13 @@ class _Ahead:
 
     def take(self, step: int) -> Sequence[Any]:
         """Return a step's micro-batches and begin with the next one's; what went wrong there is raised here."""
+        if self._num_slow < 2:
+            began = time.perf_counter()
+            now = self._batches[step]
+            self._num_slow = self._num_slow + 1 if time.perf_counter() - began > HAND_OVER_S else 0
+            if self._num_slow == 2:
+                self._want(step + 1)
+            return now
         made = self._made.get()
         if isinstance(made, BaseException):
             raise made
