@@ -72,27 +72,29 @@ class AlignConfig:
     """The policy that DPO starts from."""
     gate: Literal["refuse", "warn"] = "refuse"
     """What happens when the reward model does not beat the length rule."""
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = ModelConfig(tiny_width=48)
     """The pretrained model; every stage goes on from the one before."""
-    sft: SFTConfig = SFTConfig(data=SHORT, train=TrainConfig(epochs=3, batch_size=32, optim=OptimConfig(lr=3e-3)))
-    """Supervised finetuning."""
-    candidates: SampleConfig = SampleConfig(n=4, max_new_tokens=24, chunk=64, data=SHORT)
-    """The policy's answers that the judge compares."""
-    annotate: AnnotateConfig = AnnotateConfig(
-        pairing="all", shard=256, judge=JudgeConfig(noise=0.1), data=DataConfig(held_out=0.1)
+    sft: SFTConfig = SFTConfig(
+        data=SHORT, train=TrainConfig(epochs=3.5, batch_size=32, save_every=200, optim=OptimConfig(lr=5e-3))
     )
+    """Supervised finetuning."""
+    candidates: SampleConfig = SampleConfig(n=4, max_new_tokens=24, chunk=128, data=SHORT)
+    """The policy's answers that the judge compares."""
+    annotate: AnnotateConfig = AnnotateConfig(pairing="all", shard=500, judge=JudgeConfig(noise=0.1))
     """The judge and what becomes of ties."""
     reward: RewardConfig = RewardConfig(
-        data=SHORT, train=TrainConfig(epochs=2, batch_size=64, optim=OptimConfig(lr=1e-3))
+        data=SHORT, train=TrainConfig(max_steps=1000, batch_size=32, save_every=200, optim=OptimConfig(lr=1e-3))
     )
     """The reward model."""
     sample: SampleConfig = SampleConfig(n=64, max_new_tokens=24, chunk=16, data=SHORT)
     """The set of scored responses."""
     rejection: RejectionConfig = RejectionConfig(
-        data=SHORT, train=TrainConfig(epochs=2, batch_size=32, optim=OptimConfig(lr=1e-3))
+        data=SHORT, train=TrainConfig(epochs=3, batch_size=32, optim=OptimConfig(lr=1e-3))
     )
     """Finetuning on the best responses."""
-    dpo: DPOConfig = DPOConfig(data=SHORT, train=TrainConfig(epochs=1, batch_size=64, optim=OptimConfig(lr=1e-4)))
+    dpo: DPOConfig = DPOConfig(
+        beta=0.5, data=SHORT, train=TrainConfig(epochs=1, batch_size=32, optim=OptimConfig(lr=1e-4))
+    )
     """Preference optimisation on the set."""
     evaluate: EvaluateConfig = EvaluateConfig(
         max_new_tokens=24, chunk=64, data=DataConfig(max_length=128, held_out=1.0)
@@ -151,7 +153,8 @@ def stages(config: AlignConfig, folder: Path) -> list[Stage]:
     evaluate = replace(config.evaluate, policies=shown, reward=rewarder)
 
     def at(name: str, method: str, stage: Any, path: str, model: str) -> Stage:
-        runtime = replace(config.runtime, folder=str(folder / name), overwrite=False)
+        threads = config.runtime.threads or int(config.model.path == "tiny")
+        runtime = replace(config.runtime, folder=str(folder / name), threads=threads, overwrite=False)
         changed: dict[str, Any] = {"runtime": runtime, "data": replace(stage.data, path=path)}
         if model:
             changed["model"] = replace(config.model, path=model)

@@ -55,7 +55,7 @@ class TaskSizes:
 
     sft: int = 12000
     """Conversations with imperfect answers, for supervised finetuning."""
-    candidates: int = 1500
+    candidates: int = 5000
     """Prompts whose answers the judge compares."""
     set: int = 1000
     """Prompts of the 64-response set."""

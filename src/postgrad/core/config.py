@@ -125,6 +125,8 @@ class RuntimeConfig:
     """Where to compute; "auto" takes a GPU where there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the forward pass; weights and optimizer stay fp32."""
+    threads: int = 0
+    """CPU threads of a rank; 0 = all cores shared by this machine's ranks, but one for the tiny model."""
     deterministic: bool = True
     """Take deterministic kernels: the same seed gives the same bytes."""
     overwrite: bool = False

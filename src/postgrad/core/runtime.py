@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from postgrad.core.config import RuntimeConfig
+from postgrad.core.config import ModelConfig, RuntimeConfig
 from postgrad.core.distributed import first_rank, init_ranks, rank, world
 from postgrad.core.report import Report, write_report
 from postgrad.core.run_folder import read_result, release_folder, take_folder, write_result
@@ -69,7 +69,7 @@ def start(config: C, check: Callable[[C], None], method: str) -> Job:
     device = _choose_device(runtime)
     init_ranks(device)
     folder = Path(runtime.folder or f"runs/{method}")
-    _set_threads()
+    _set_threads(runtime.threads, tiny=vars(config).get("model", ModelConfig(path="")).path == "tiny")
     _set_deterministic(runtime.deterministic)
     first_rank(lambda: take_folder(folder, config, method, device))
     random.seed(runtime.seed)
@@ -266,10 +266,15 @@ def _choose_device(runtime: RuntimeConfig) -> torch.device:
     return device
 
 
-def _set_threads() -> None:
-    """Share the cores between this machine's ranks unless the environment says how many threads each has."""
+def _set_threads(threads: int, tiny: bool) -> None:
+    """Set the threads asked for; else share the cores between ranks unless the environment says how many each has.
+
+    The tiny model's operations are too short to be worth waking a second thread for.
+    """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
+    if threads or tiny:
+        torch.set_num_threads(threads or 1)
+    elif ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
 
 
