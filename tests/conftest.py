@@ -13,6 +13,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
+from xdist.remote import Producer  # noqa: E402
+from xdist.scheduler import LoadScopeScheduling  # noqa: E402
 
 install_import_hook("postgrad", "typecheck.typecheck")
 torch.set_num_threads(1)
@@ -37,6 +39,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(no_gpu)
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(not_slow)
+
+
+class _ByMethod(LoadScopeScheduling):
+    """Gives one worker all contract tests of a method: they look at one run. Other tests go one by one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid[nodeid.rindex("[") :] if "/test_contract.py" in nodeid and "[" in nodeid else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByMethod:
+    """Share the tests out between the workers."""
+    return _ByMethod(config, log)
 
 
 @pytest.fixture(scope="session")

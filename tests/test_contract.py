@@ -25,9 +25,7 @@ from postgrad.methods import METHODS, config_class, method
 # What tells of this day and this machine; everything else a run leaves must be the same bytes.
 OF_THE_DAY = {"timing.jsonl", "stages.jsonl", "environment.json", "report.html", "sections.json", ".lock"}
 
-every_method = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in METHODS]
-)
+every_method = pytest.mark.parametrize("name", METHODS)
 Output = pytest.CaptureFixture[str]
 
 
@@ -46,7 +44,7 @@ class Killed(BaseException):
     """Stands for a process that dies: nothing is meant to catch it."""
 
 
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in METHODS])
+@pytest.fixture(scope="module", params=METHODS)
 def straight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Straight:
     """Run a method once for all tests that look at what it leaves."""
     name = request.param
