@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postgrad.alignment.comparisons import accuracy_tables, comparisons, judge, to_table
+from postgrad.alignment.comparisons import accuracy_minus_length, accuracy_tables, comparisons, judge, to_table
 from postgrad.alignment.reward import (
     RewardConfig,
     all_pairs_loss,
@@ -162,6 +162,21 @@ def test_pairs_of_one_prompt_are_one_observation() -> None:
     assert row[3] == pytest.approx(0.5 - 1.96 * math.sqrt(0.5) / math.sqrt(2), abs=1e-3)
 
 
+def test_lead_over_the_length_rule() -> None:
+    """Three prompts of one pair; the rule is right on the first, the model on the first two: (0 + 1 + 0) / 3.
+
+    The differences have standard deviation sqrt(1 / 3), so the interval is 1/3 +- 1.96 * sqrt(1/3) / sqrt(3).
+    """
+    answers = (("long", "no"), ("no", "long"), ("no", "long"))
+    pairs = [Pair(str(i), USER, better, worse) for i, (better, worse) in enumerate(answers)]
+    data = comparisons(pairs, byte_tokenizer(), DataConfig())
+    judged = judge(data, torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
+    expected = (1 / 3, 1 / 3 - 1.959964 / 3, 1 / 3 + 1.959964 / 3)
+    assert accuracy_minus_length(judged) == pytest.approx(expected, abs=1e-5)
+    row = accuracy_tables(judged, num_buckets=1)[0].rows[0]
+    assert row[5:] == pytest.approx((1 / 3, *expected), abs=1e-4)
+
+
 def test_to_table() -> None:
     """Values fill a ragged table row by row."""
     table = to_table(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[True, True], [True, False]]))
@@ -173,6 +188,8 @@ def test_run_on_pairs(tmp_path: Path, margin: float) -> None:
     """Held-out accuracy beats chance and the length rule; tables and model are there."""
     report = run(config(tmp_path / "run", pairs_file(tmp_path, 48), margin=margin))
     assert report.results["accuracy"] > 0.9 > report.results["length_rule"]
+    lead = report.results["accuracy"] - report.results["length_rule"]
+    assert report.results["accuracy_minus_length"] == pytest.approx(lead)
     titles = [section.title for section in report.sections]
     assert "Held-out accuracy" in titles and "Held-out accuracy by margin" in titles and "Data" in titles
     assert (tmp_path / "run/model/model.safetensors").is_file()

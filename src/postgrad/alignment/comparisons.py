@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from postgrad.alignment.pairs import distinct
 from postgrad.core.config import DataConfig
 from postgrad.core.items import Pair, ResponseSet
-from postgrad.core.metrics import Interval, mean_interval, pair_accuracy
+from postgrad.core.metrics import Interval, mean_interval, pair_accuracy, paired_difference
 from postgrad.core.report import Cell, Table
 from postgrad.core.rows import Tree
 from postgrad.core.text import answer_trees
@@ -163,7 +163,10 @@ def accuracy_tables(judged: Judged, num_buckets: int) -> tuple[Table, ...]:
     for low, high in pairwise(edges.tolist()):
         inside = (judged.gap >= low) & ((judged.gap < high) | (high == edges[-1]))
         buckets.append((f"{low:.3g} to {high:.3g}", judged.at(inside)))
-    note = "Intervals are 95 %, over prompts. Length rule: accuracy of calling the longer answer better."
+    note = (
+        "Intervals are 95 %, over prompts. Length rule: accuracy of calling the longer answer better. Difference: "
+        "accuracy minus the length rule's on the same pairs."
+    )
     tables = [_table("Held-out accuracy", [("all", judged), *(turns if len(turns) > 1 else [])], note)]
     if len(buckets) > 1:
         tables.append(_table("Held-out accuracy by margin", buckets, "Margin: how far the data's labels lead."))
@@ -180,21 +183,39 @@ def length_accuracy(judged: Judged) -> Interval:
     return _accuracy(judged.length_better, judged.length_worse, judged.prompt)
 
 
+def accuracy_minus_length(judged: Judged) -> Interval:
+    """Return the model's pair accuracy minus the length rule's, over prompts, which count alike.
+
+    Both are right or wrong about the same pairs, so their difference is surer than either.
+    """
+    rule = _prompt_shares(judged.length_better, judged.length_worse, judged.prompt)
+    return paired_difference(_prompt_shares(judged.better, judged.worse, judged.prompt), rule)
+
+
 def _accuracy(
     better: Float[np.ndarray, " P"], worse: Float[np.ndarray, " P"], prompt: Int[np.ndarray, " P"]
 ) -> Interval:
     """Give Wilson's interval for one pair a prompt, else the interval of the prompts' means."""
-    _, place, num_pairs = np.unique(prompt, return_inverse=True, return_counts=True)
-    if num_pairs.max() == 1:
+    if np.unique(prompt).size == prompt.size:
         return pair_accuracy(better, worse)
+    return mean_interval(_prompt_shares(better, worse, prompt))
+
+
+def _prompt_shares(
+    better: Float[np.ndarray, " P"], worse: Float[np.ndarray, " P"], prompt: Int[np.ndarray, " P"]
+) -> Float[np.ndarray, " G"]:
+    """Give each prompt's share of pairs in the right order; equal scores count half."""
+    _, place, num_pairs = np.unique(prompt, return_inverse=True, return_counts=True)
     right = (better > worse) + 0.5 * (better == worse)
-    return mean_interval(np.bincount(place, weights=right) / num_pairs)
+    shares: Float[np.ndarray, " G"] = np.bincount(place, weights=right) / num_pairs
+    return shares
 
 
 def _table(title: str, slices: Sequence[tuple[str, Judged]], note: str) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for name, part in slices:
         if part.better.size:
-            numbers = (*prompt_accuracy(part), length_accuracy(part).value)
+            numbers = (*prompt_accuracy(part), length_accuracy(part).value, *accuracy_minus_length(part))
             rows.append((name, part.better.size, *(round(number, 4) for number in numbers)))
-    return Table(title, ("slice", "pairs", "accuracy", "low", "high", "length rule"), tuple(rows), note)
+    columns = ("slice", "pairs", "accuracy", "low", "high", "length rule", "difference", "from", "to")
+    return Table(title, columns, tuple(rows), note)

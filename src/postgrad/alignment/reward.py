@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from postgrad.alignment.builtin import with_data
 from postgrad.alignment.comparisons import (
     Comparisons,
+    accuracy_minus_length,
     accuracy_tables,
     comparisons,
     judge,
@@ -174,7 +175,7 @@ def evaluation(config: RewardConfig, held: Comparisons, scores: Float[Tensor, "G
     judged = judge(held, scores)
     if not judged.better.size:
         return {"loss": float(loss)}
-    accuracy = prompt_accuracy(judged)
+    accuracy, lead = prompt_accuracy(judged), accuracy_minus_length(judged)
     return {
         "loss": float(loss),
         "pairs": float(judged.better.size),
@@ -182,6 +183,9 @@ def evaluation(config: RewardConfig, held: Comparisons, scores: Float[Tensor, "G
         "accuracy_low": accuracy.low,
         "accuracy_high": accuracy.high,
         "length_rule": length_accuracy(judged).value,
+        "accuracy_minus_length": lead.value,
+        "accuracy_minus_length_low": lead.low,
+        "accuracy_minus_length_high": lead.high,
     }
 
 

@@ -38,7 +38,7 @@ def load_table(path: str, split: str = "train", limit: int = 0) -> list[Row]:
     elif place.is_file():
         rows = _read_file(place, split, limit)
     else:
-        rows = _read_hub(path, split)
+        rows = _read_hub(path, split, limit)
     if not rows:
         raise DataError(f"{path} is empty: expected rows, found none")
     return rows[:limit] if limit else rows
@@ -140,7 +140,7 @@ def _read_folder(path: Path, split: str, limit: int) -> list[Row]:
 
 
 def _names_split(file: Path, split: str) -> bool:
-    return split in re.split(r"[-_.]", file.stem)
+    return re.search(rf"(^|[-_.]){re.escape(split)}([-_.]|$)", file.stem) is not None
 
 
 def _read_saved(path: Path, split: str) -> list[Row]:
@@ -154,7 +154,7 @@ def _read_saved(path: Path, split: str) -> list[Row]:
     return rows
 
 
-def _read_hub(path: str, split: str) -> list[Row]:
+def _read_hub(path: str, split: str, limit: int) -> list[Row]:
     """Load a hub data set, when the name can be one; else say which files lie near."""
     place = Path(path).expanduser()
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or place.suffix in (".jsonl", ".json", ".parquet", ".csv"):
@@ -162,7 +162,8 @@ def _read_hub(path: str, split: str) -> list[Row]:
     from datasets import load_dataset
 
     try:
-        rows: list[Row] = load_dataset(path, split=split).to_list()
+        data = load_dataset(path, split=split)
+        rows: list[Row] = (data.select(range(min(limit, len(data)))) if limit else data).to_list()
     except Exception as error:  # the hub client raises errors of many libraries
         raise DataError(
             f"no file or folder {path}, and the hub did not give a data set of that name with split {split!r} "
