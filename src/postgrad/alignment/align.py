@@ -83,7 +83,7 @@ class AlignConfig:
     annotate: AnnotateConfig = AnnotateConfig(pairing="all", shard=500, judge=JudgeConfig(noise=0.1))
     """The judge and what becomes of ties."""
     reward: RewardConfig = RewardConfig(
-        data=SHORT, train=TrainConfig(max_steps=1000, batch_size=32, save_every=200, optim=OptimConfig(lr=1e-3))
+        data=SHORT, train=TrainConfig(max_steps=800, batch_size=32, save_every=200, optim=OptimConfig(lr=1e-3))
     )
     """The reward model."""
     sample: SampleConfig = SampleConfig(n=64, max_new_tokens=24, chunk=16, data=SHORT)
@@ -93,7 +93,7 @@ class AlignConfig:
     )
     """Finetuning on the best responses."""
     dpo: DPOConfig = DPOConfig(
-        beta=0.5, data=SHORT, train=TrainConfig(epochs=1, batch_size=32, optim=OptimConfig(lr=1e-4))
+        beta=0.5, data=SHORT, train=TrainConfig(epochs=1, batch_size=32, optim=OptimConfig(lr=2e-4))
     )
     """Preference optimisation on the set."""
     evaluate: EvaluateConfig = EvaluateConfig(
