@@ -164,7 +164,7 @@ def accuracy_tables(judged: Judged, num_buckets: int) -> tuple[Table, ...]:
         inside = (judged.gap >= low) & ((judged.gap < high) | (high == edges[-1]))
         buckets.append((f"{low:.3g} to {high:.3g}", judged.at(inside)))
     note = (
-        "Intervals are 95 %, over prompts. Length rule: accuracy of calling the longer answer better. Difference: "
+        "Intervals are 95 %, over prompts. Length rule: accuracy of calling the longer answer better. Lead: "
         "accuracy minus the length rule's on the same pairs."
     )
     tables = [_table("Held-out accuracy", [("all", judged), *(turns if len(turns) > 1 else [])], note)]
@@ -217,5 +217,5 @@ def _table(title: str, slices: Sequence[tuple[str, Judged]], note: str) -> Table
         if part.better.size:
             numbers = (*prompt_accuracy(part), length_accuracy(part).value, *accuracy_minus_length(part))
             rows.append((name, part.better.size, *(round(number, 4) for number in numbers)))
-    columns = ("slice", "pairs", "accuracy", "low", "high", "length rule", "difference", "from", "to")
+    columns = ("slice", "pairs", "accuracy", "low", "high", "length rule", "lead", "from", "to")
     return Table(title, columns, tuple(rows), note)
