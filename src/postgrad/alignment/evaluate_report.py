@@ -106,7 +106,7 @@ def summarise(seen: Sequence[Seen], show: int, seed: int) -> tuple[dict[str, Cel
     ]
     sections.append(Table("Shape of the responses", SHAPE, shapes, "cut: share that ended at max_new_tokens."))
     sections += _curve_sections(curves, proxied)
-    return results, (*sections, *([_side_by_side(seen, ids[:show])] if show else []))
+    return results, (*sections, *([_side_by_side(seen, ids[:: max(1, len(ids) // show)][:show])] if show else []))
 
 
 def _shape(policy: Seen, ids: Sequence[str]) -> tuple[Cell, ...]:
