@@ -5,7 +5,8 @@ Letters: R rows, T tokens of a row, N target tokens, S sequences, D width.
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers import logging as hf_logging
 
 from postgrad.core import adapters, segments
 from postgrad.core.config import DataConfig, ModelConfig
@@ -146,7 +148,19 @@ def _from_pretrained(kind: Any, path: str, job: Job, frozen: bool, num_labels: i
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": _attention(job)}
     if num_labels:
         options["num_labels"] = num_labels
-    return _explain(path, lambda: kind.from_pretrained(path, **options))
+    with _hushed():
+        return _explain(path, lambda: kind.from_pretrained(path, **options))
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep transformers from reporting that a new head is new."""
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
 
 
 def _explain(path: str, load: Callable[[], Any]) -> Any:
