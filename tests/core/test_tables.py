@@ -105,6 +105,14 @@ def test_a_data_set_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_data_set_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda path, split: datasets.Dataset.from_list(ROWS))
     assert load_table("some/name") == ROWS
+    assert load_table("some/name", limit=1) == ROWS[:1]
+    assert load_table("some/name", limit=99) == ROWS
+
+
+def test_a_split_may_have_a_compound_name(tmp_path: Path) -> None:
+    for name, rows in {"train_sft-00000-of-1": ROWS[:1], "test_sft-00000-of-1": ROWS[1:]}.items():
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    assert load_table(str(tmp_path), "train_sft") == ROWS[:1]
 
 
 @pytest.mark.parametrize(
