@@ -89,11 +89,11 @@ class AlignConfig:
     sample: SampleConfig = SampleConfig(n=64, max_new_tokens=24, chunk=16, data=SHORT)
     """The set of scored responses."""
     rejection: RejectionConfig = RejectionConfig(
-        data=SHORT, train=TrainConfig(epochs=3, batch_size=32, optim=OptimConfig(lr=1e-3))
+        n=16, data=SHORT, train=TrainConfig(epochs=3, batch_size=32, optim=OptimConfig(lr=1e-3))
     )
     """Finetuning on the best responses."""
     dpo: DPOConfig = DPOConfig(
-        beta=0.5, data=SHORT, train=TrainConfig(epochs=1, batch_size=32, optim=OptimConfig(lr=2e-4))
+        beta=0.5, data=SHORT, train=TrainConfig(epochs=2, batch_size=32, optim=OptimConfig(lr=5e-4, warmup=0.1))
     )
     """Preference optimisation on the set."""
     evaluate: EvaluateConfig = EvaluateConfig(
