@@ -16,6 +16,12 @@ def _case(bias: bool, scale: float, cap: float, num: int = 41, width: int = 8, v
     return hidden, Head(weight, offset, scale, cap), target
 
 
+def _small_tiles(monkeypatch):
+    """Cut 41 tokens into three tiles, 57 columns into four."""
+    monkeypatch.setattr("postgrad.core.ops.TILE_ROWS", {"cpu": 16})
+    monkeypatch.setattr("postgrad.core.ops.TILE_COLUMNS", {"cpu": 18})
+
+
 def _reference(hidden, head, target):
     logits = F.linear(hidden.double(), head.weight.double(), None if head.bias is None else head.bias.double())
     logits = logits * head.scale
@@ -30,7 +36,7 @@ CASES = [(False, 1.0, 0.0), (True, 1.0, 0.0), (False, 0.25, 0.0), (True, 0.5, 3.
 @pytest.mark.parametrize(("bias", "scale", "cap"), CASES)
 @pytest.mark.parametrize("whole", [0, 10**9])
 def test_token_logprobs_equal_float64_reference(bias, scale, cap, whole, monkeypatch):
-    monkeypatch.setattr("postgrad.core.ops.TILE_ELEMENTS", {"cpu": 16 * 57})  # three tiles
+    _small_tiles(monkeypatch)
     hidden, head, target = _case(bias, scale, cap)
     upstream = torch.linspace(-1, 2, target.shape[0])
     inputs = [t for t in (hidden, head.weight, head.bias) if t is not None]
@@ -47,7 +53,7 @@ def test_token_logprobs_equal_float64_reference(bias, scale, cap, whole, monkeyp
 
 @pytest.mark.parametrize(("bias", "scale", "cap"), CASES)
 def test_token_nll_equals_the_sum_of_logprobs(bias, scale, cap, monkeypatch):
-    monkeypatch.setattr("postgrad.core.ops.TILE_ELEMENTS", {"cpu": 16 * 57})
+    _small_tiles(monkeypatch)
     hidden, head, target = _case(bias, scale, cap)
     inputs = [t for t in (hidden, head.weight, head.bias) if t is not None]
     ours, theirs = token_nll(hidden, head, target), -_reference(hidden, head, target).sum()
@@ -59,7 +65,7 @@ def test_token_nll_equals_the_sum_of_logprobs(bias, scale, cap, monkeypatch):
 
 
 def test_frozen_head_gets_no_gradient(monkeypatch):
-    monkeypatch.setattr("postgrad.core.ops.TILE_ELEMENTS", {"cpu": 16 * 57})
+    _small_tiles(monkeypatch)
     hidden, head, target = _case(False, 1.0, 0.0)
     frozen = Head(head.weight.detach())
     token_nll(hidden, frozen, target).backward()
