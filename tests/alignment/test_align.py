@@ -120,7 +120,7 @@ def test_a_finished_run_answers_at_once(straight):
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_anywhere_ends_in_the_same_bytes(straight, tmp_path, seed):
     """SIGKILL after a random time, again and again, until the command ends by itself."""
     config, folder, _ = straight
