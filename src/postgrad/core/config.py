@@ -323,8 +323,7 @@ def _items(config: Any) -> list[tuple[str, Any]]:
     values = vars(config)
     # A float field may hold an int by default; as a float it is written the same way it is read.
     return [
-        (name, float(values[name]) if hint is float else values[name])
-        for name, hint in _hints(type(config)).items()
+        (name, float(values[name]) if hint is float else values[name]) for name, hint in _hints(type(config)).items()
     ]
 
 
