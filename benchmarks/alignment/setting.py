@@ -14,6 +14,7 @@ from benchmarks.alignment.data import MAX_LENGTH, PAD, STOP
 LR = 1e-4
 GIB = 2**30
 SIZES = {  # width, inner width, layers, heads, key-value heads, tied embeddings
+    "tiny": (32, 64, 2, 2, 1, False),
     "small": (256, 688, 4, 4, 4, False),
     "0.5b": (896, 4864, 24, 14, 2, True),
     "1b": (2048, 8192, 16, 32, 8, True),
