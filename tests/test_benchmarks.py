@@ -10,9 +10,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # benchmarks are not installed
 
 from benchmarks.alignment import __main__ as command  # noqa: E402
-from benchmarks.alignment.data import MAX_LENGTH, QUANTILES, STOP, load, real_tokens  # noqa: E402
+from benchmarks.alignment import worker  # noqa: E402
+from benchmarks.alignment.data import MAX_LENGTH, QUANTILES, STOP, load, real_tokens, save, saved  # noqa: E402
 from benchmarks.alignment.setting import Measured, Setting  # noqa: E402
-from benchmarks.alignment.worker import run  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("trl")]
 
@@ -20,8 +20,14 @@ DATA = {"dpo": "hh", "reward": "hh", "sft": "instructions"}
 
 
 def tiny(task: str, system: str) -> Setting:
-    """Two steps of three rows; the folder is not there, so lengths are drawn."""
-    return Setting(system, task, DATA[task], num=6, batch=3, vocabulary=97, size="tiny", folder="nowhere")
+    """Two steps of three rows."""
+    return Setting(system, task, DATA[task], num=6, batch=3, vocabulary=97, size="tiny")
+
+
+def run(setting: Setting) -> Measured:
+    """Run on drawn rows: the folder is not there."""
+    trees, _ = load(setting.data, setting.num, setting.vocabulary, seed=0, folder=Path("nowhere"))
+    return worker.run(setting, trees)
 
 
 @pytest.mark.parametrize("task", DATA)
@@ -58,11 +64,18 @@ def test_texts_are_read(shared: Path) -> None:
     assert origin == "texts" and all(len(tree.answers) == 2 for tree in trees)
 
 
+@pytest.mark.parametrize("name", ["hh", "instructions"])
+def test_rows_survive_their_file(name: str, tmp_path: Path) -> None:
+    trees, _ = load(name, 5, 97, seed=0, folder=Path("nowhere"))
+    save(trees, tmp_path / "rows.json")
+    assert saved(tmp_path / "rows.json") == trees
+
+
 def test_table_shows_ratios_to_ours() -> None:
     case = command.CASES[0]
     ours = Measured({}, 100, wall=2.0, cpu=4.0, peak=1.5, base=0.5, losses=[1.0])
     theirs = Measured({}, 100, wall=6.0, cpu=16.0, peak=3.5, base=0.5, losses=[1.00001])
-    shown = command.table(case, [{"postgrad": ours, "trl default": theirs}])
+    shown = command.table(case, [{"postgrad": ours, "trl default": theirs}], "texts")
     cells = [list(column.cells)[1] for column in shown.columns]
     assert cells[:6] == ["trl default", "17", "6", "3.00", "4.00", "3.50"]
     assert cells[7] == "3.00"

@@ -24,7 +24,9 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.alignment.data import load, save
 from benchmarks.alignment.setting import Measured, Setting
+from postgrad.core.rows import Tree
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXTS = REPOSITORY.parent / "shared" / "data" / "llm"
@@ -54,9 +56,9 @@ class Case:
 CASES = (
     Case("dpo", "hh", 2048, num=128, batch=16, best=2),
     Case("dpo", "hh", 32768, num=32, batch=8, best=1),
-    Case("dpo", "alpaca_eval", 2048, num=32, batch=8, best=2),
+    Case("dpo", "alpaca_eval", 2048, num=32, batch=8, best=1),
     Case("dpo", "alpaca_eval", 32768, num=16, batch=8, best=1),
-    Case("reward", "hh", 32768, num=128, batch=16, best=2),
+    Case("reward", "hh", 32768, num=128, batch=16, best=4),
     Case("reward", "alpaca_eval", 32768, num=32, batch=8, best=2),
     Case("sft", "instructions", 2048, num=256, batch=32, best=8),
     Case("sft", "instructions", 32768, num=64, batch=16, best=8),
@@ -76,7 +78,7 @@ def settings(case: Case, options: argparse.Namespace) -> dict[str, Setting]:
     cuda = options.device == "cuda"
     ours = Setting(
         OURS, case.task, case.data, case.num, case.batch, case.vocabulary or GPU_VOCABULARY[options.size],
-        size=options.size, device=options.device, seed=options.seed, folder=str(TEXTS),
+        size=options.size, device=options.device, seed=options.seed,
         micro_tokens=options.micro_tokens or (16384 if cuda else 2048),
     )  # fmt: skip
     found = {OURS: ours}
@@ -90,15 +92,17 @@ def settings(case: Case, options: argparse.Namespace) -> dict[str, Setting]:
     return found
 
 
-def measure(setting: Setting, threads: int) -> Measured:
-    """Run a setting in a process of its own."""
+def measure(setting: Setting, trees: Sequence[Tree], threads: int) -> Measured:
+    """Run a setting on some rows in a process of its own."""
     env = {
         **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive",
         "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error",
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "found.json"
-        command = [sys.executable, "-m", "benchmarks.alignment.worker", json.dumps(asdict(setting)), str(out)]
+        rows, out = Path(folder) / "rows.json", Path(folder) / "found.json"
+        save(trees, rows)
+        worker = [sys.executable, "-m", "benchmarks.alignment.worker"]
+        command = [*worker, json.dumps(asdict(setting)), str(rows), str(out)]
         done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{setting.system} on {setting.task} failed:\n{done.stderr[-4000:]}")
@@ -116,10 +120,10 @@ def loss_gap(ours: Measured, theirs: Measured) -> float:
     return max(abs(a - b) for a, b in zip(ours.losses[:FIRST_STEPS], theirs.losses[:FIRST_STEPS], strict=True))
 
 
-def table(case: Case, rounds: Sequence[dict[str, Measured]]) -> Table:
+def table(case: Case, rounds: Sequence[dict[str, Measured]], origin: str) -> Table:
     """Show a case: what each system measured, and its ratios to postgrad's run of the same round."""
     tokens = rounds[0][OURS].tokens
-    shown = Table(title=f"{case.name}: {case.num} rows, {tokens:,} real tokens", title_justify="left")
+    shown = Table(title=f"{case.name}: {case.num} rows ({origin}), {tokens:,} real tokens", title_justify="left")
     columns = ("system", "tokens/s", "tokens/CPU s", "time ratio", "CPU time ratio", "peak GiB", "of it for training",
                "memory ratio", "loss gap")  # fmt: skip
     for i, column in enumerate(columns):
@@ -144,12 +148,14 @@ def table(case: Case, rounds: Sequence[dict[str, Measured]]) -> Table:
 def run_case(case: Case, options: argparse.Namespace, console: Console) -> list[dict[str, Measured]]:
     """Run all rounds of a case; each round begins with another system."""
     systems = list(settings(case, options).items())
+    one = systems[0][1]
+    trees, origin = load(case.data, case.num, one.vocabulary, seed=one.seed, folder=TEXTS)
     rounds: list[dict[str, Measured]] = []
     for number in range(options.rounds):
         turned = systems[number % len(systems) :] + systems[: number % len(systems)]
-        found = {name: measure(setting, options.threads) for name, setting in turned}
+        found = {name: measure(setting, trees, options.threads) for name, setting in turned}
         rounds.append({name: found[name] for name, _ in systems})
-    console.print(table(case, rounds))
+    console.print(table(case, rounds, origin))
     gaps = [loss_gap(found[OURS], found["trl default"]) for found in rounds if "trl default" in found]
     if options.device == "cpu" and any(gap > LOSS_BAR for gap in gaps):
         raise SystemExit(f"{case.name}: losses differ by {max(gaps):.2g}, at most {LOSS_BAR} is expected")

@@ -4,9 +4,10 @@ Texts are cut into pieces of about the size of a BPE token and each piece is has
 texts are absent, ids are drawn at random with lengths from the texts' own quantiles.
 """
 
+import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,17 @@ def load(name: str, num: int, vocabulary: int, *, seed: int, folder: Path) -> tu
     assert len(kept) >= num, f"{name} has {len(kept)} rows of at most {MAX_LENGTH} tokens, {num} are asked for"
     chosen = [kept[i] for i in rng.permutation(len(kept))[:num]]
     return [_tree(*row) for row in chosen], "texts" if folder.is_dir() else "drawn lengths"
+
+
+def save(trees: Sequence[Tree], path: Path) -> None:
+    """Write rows for another process, which then holds nothing else of the data."""
+    path.write_text(json.dumps([[tree.prompt, tree.answers, tree.supervised] for tree in trees]))
+
+
+def saved(path: Path) -> list[Tree]:
+    """Read what `save` wrote."""
+    rows = json.loads(path.read_text())
+    return [Tree(tuple(prompt), tuple(map(tuple, answers)), tuple(marks)) for prompt, answers, marks in rows]
 
 
 def real_tokens(trees: list[Tree]) -> int:

@@ -42,8 +42,6 @@ class Setting:
     """postgrad: packed tokens a forward pass."""
     peer_batch: int = 0
     """Peer: rows a forward pass; 0 = as its settings say."""
-    folder: str = ""
-    """Where the texts lie."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""One run in a process of its own: a setting as JSON in, what it measured as JSON out."""
+"""One run in a process of its own: a setting as JSON and a file of rows in, a file of what it measured out."""
 
 import json
 import sys
@@ -7,13 +7,13 @@ import warnings
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.alignment.data import load
+from benchmarks.alignment.data import saved
 from benchmarks.alignment.setting import Measured, Setting
+from postgrad.core.rows import Tree
 
 
-def run(setting: Setting) -> Measured:
-    """Run one system on its task."""
-    trees, _ = load(setting.data, setting.num, setting.vocabulary, seed=setting.seed, folder=Path(setting.folder))
+def run(setting: Setting, trees: list[Tree]) -> Measured:
+    """Run one system on the rows of its task."""
     with tempfile.TemporaryDirectory() as folder:
         if setting.system == "postgrad":
             from benchmarks.alignment import ours
@@ -26,5 +26,5 @@ def run(setting: Setting) -> Measured:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    found = run(Setting(**json.loads(sys.argv[1])))
-    Path(sys.argv[2]).write_text(json.dumps(asdict(found)))
+    found = run(Setting(**json.loads(sys.argv[1])), saved(Path(sys.argv[2])))
+    Path(sys.argv[3]).write_text(json.dumps(asdict(found)))
