@@ -4,8 +4,8 @@
     python -m benchmarks.alignment --cases dpo --rounds 1
     python -m benchmarks.alignment --device cuda --size 0.5b
 
-Every run has a process of its own. Systems take turns within a round; ratios are taken within a round and the median
-over rounds is shown with the least and the greatest.
+On a CPU every run has a process of its own, on a GPU every round. Systems take turns within a round; ratios are
+taken within a round and the median over rounds is shown with the least and the greatest.
 """
 
 import argparse
@@ -64,11 +64,11 @@ CASES = (
     Case("sft", "instructions", 32768, num=64, batch=16, best=8),
 )
 GPU_CASES = (
-    Case("dpo", "hh", 0, num=1024, batch=64, best=16),
-    Case("dpo", "alpaca_eval", 0, num=512, batch=64, best=8),
-    Case("reward", "hh", 0, num=1024, batch=64, best=16),
-    Case("reward", "alpaca_eval", 0, num=512, batch=64, best=8),
-    Case("sft", "instructions", 0, num=2048, batch=64, best=16),
+    Case("dpo", "hh", 0, num=256, batch=64, best=16),
+    Case("dpo", "alpaca_eval", 0, num=128, batch=64, best=8),
+    Case("reward", "hh", 0, num=256, batch=64, best=16),
+    Case("reward", "alpaca_eval", 0, num=128, batch=64, best=8),
+    Case("sft", "instructions", 0, num=512, batch=64, best=16),
 )
 GPU_VOCABULARY = {"0.5b": 151936, "1b": 128256}
 
@@ -83,7 +83,7 @@ def settings(case: Case, options: argparse.Namespace) -> dict[str, Setting]:
     )  # fmt: skip
     found = {OURS: ours}
     if options.tune:
-        tried = [batch for batch in (1, 2, 4, 8, 16) if batch <= case.batch]
+        tried = [batch for batch in ((8, 16, 32, 64) if cuda else (1, 2, 4, 8, 16)) if batch <= case.batch]
         return found | {f"trl best, {b} rows": replace(ours, system="trl best", peer_batch=b) for b in tried}
     found["trl default"] = replace(ours, system="trl default")
     found["trl best"] = replace(ours, system="trl best", peer_batch=case.best)
@@ -92,8 +92,8 @@ def settings(case: Case, options: argparse.Namespace) -> dict[str, Setting]:
     return found
 
 
-def measure(setting: Setting, trees: Sequence[Tree], threads: int) -> Measured:
-    """Run a setting on some rows in a process of its own."""
+def measure(settings: Sequence[Setting], trees: Sequence[Tree], threads: int) -> list[Measured]:
+    """Run settings on some rows in a process of their own."""
     env = {
         **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive",
         "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error",
@@ -102,11 +102,12 @@ def measure(setting: Setting, trees: Sequence[Tree], threads: int) -> Measured:
         rows, out = Path(folder) / "rows.json", Path(folder) / "found.json"
         save(trees, rows)
         worker = [sys.executable, "-m", "benchmarks.alignment.worker"]
-        command = [*worker, json.dumps(asdict(setting)), str(rows), str(out)]
+        command = [*worker, json.dumps([asdict(setting) for setting in settings]), str(rows), str(out)]
         done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise SystemExit(f"{setting.system} on {setting.task} failed:\n{done.stderr[-4000:]}")
-        return Measured(**json.loads(out.read_text()))
+            names = ", ".join(setting.system for setting in settings)
+            raise SystemExit(f"{names} on {settings[0].task} failed:\n{done.stderr[-4000:]}")
+        return [Measured(**found) for found in json.loads(out.read_text())]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -153,7 +154,11 @@ def run_case(case: Case, options: argparse.Namespace, console: Console) -> list[
     rounds: list[dict[str, Measured]] = []
     for number in range(options.rounds):
         turned = systems[number % len(systems) :] + systems[: number % len(systems)]
-        found = {name: measure(setting, trees, options.threads) for name, setting in turned}
+        together = [turned] if options.device == "cuda" else [[system] for system in turned]
+        found: dict[str, Measured] = {}
+        for group in together:
+            measured = measure([setting for _, setting in group], trees, options.threads)
+            found |= dict(zip([name for name, _ in group], measured, strict=True))
         rounds.append({name: found[name] for name, _ in systems})
     console.print(table(case, rounds, origin))
     gaps = [loss_gap(found[OURS], found["trl default"]) for found in rounds if "trl default" in found]

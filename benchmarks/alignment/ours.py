@@ -58,7 +58,7 @@ def run(setting: Setting, trees: list[Tree], folder: Path) -> Measured:
     }[setting.task]()
     job = start(config, method.check, setting.task)
     meter = Meter(setting, real_tokens(trees))
-    model = make_model(setting, "flex_attention" if setting.device == "cuda" else segments.NAME)
+    model = make_model(setting, segments.NAME)
     batch = partial(
         eval_batches, row_length=0, micro_tokens=setting.micro_tokens, layout="tree", pad_id=PAD, device=job.device
     )
@@ -102,7 +102,8 @@ def _loss_fn(
         return partial(reward.reward_step, config, model, data)
     data = dpo.PairData(trees, [str(i) for i in range(len(trees))], torch.ones(len(trees)))
     with torch.no_grad(), autocast(job):
-        dpo.answer_logprobs(model, 1.0, batch(trees[: setting.batch])[0].to(job.device))
+        for num in (setting.batch, setting.batch // 2):  # two widths: FlexAttention then compiles for every width
+            dpo.answer_logprobs(model, 1.0, batch(trees[:num])[0].to(job.device))
     meter.start()
     data = dpo.with_reference(config, model, data, batch, job)
     meter.stop(reference=True)
@@ -110,9 +111,10 @@ def _loss_fn(
 
 
 def _warm_up(model: Any, batches: TreeBatches, loss_fn: Callable[..., Any], job: Job) -> None:
-    """Run one micro-batch forward and back, and forget it."""
+    """Run micro-batches of two widths forward and back, and forget them."""
     model.train()
-    with autocast(job):
-        loss = loss_fn(batches[0][0].to(job.device), 0)
-    loss.sum.backward()
-    model.zero_grad()
+    for rows in (batches[0][0], batches[0][-1], batches[1][0]):
+        with autocast(job):
+            loss = loss_fn(rows.to(job.device), 0)
+        loss.sum.backward()
+        model.zero_grad()

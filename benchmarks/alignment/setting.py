@@ -65,8 +65,8 @@ class Meter:
     """Adds up wall and processor seconds of some stretches of a run, and keeps its peak memory."""
 
     def __init__(self, setting: Setting, tokens: int) -> None:
-        self.found = Measured(asdict(setting), tokens, base=_resident())
         self._cuda = setting.device == "cuda"
+        self.found = Measured(asdict(setting), tokens, base=self._memory())
         self._mark = (0.0, 0.0)
 
     def start(self) -> None:
@@ -83,9 +83,17 @@ class Meter:
         if reference:
             self.found.reference_wall, self.found.reference_cpu = wall, cpu
         if self._cuda:
-            self.found.peak, self.found.base = torch.cuda.max_memory_allocated() / GIB, 0.0
+            self.found.peak = torch.cuda.max_memory_allocated() / GIB
         else:
             self.found.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+    def _memory(self) -> float:
+        """Give what is in use before the model is made, and begin to watch the peak."""
+        if not self._cuda:
+            return _resident()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / GIB
 
     def _wait(self) -> None:
         if self._cuda:
@@ -107,6 +115,7 @@ def make_model(setting: Setting, attention: str) -> torch.nn.Module:
     )  # fmt: skip
     kind = LlamaForSequenceClassification if setting.task == "reward" else LlamaForCausalLM
     torch.manual_seed(setting.seed)
-    model = kind(config)
+    with torch.device(setting.device):
+        model = kind(config)
     model.set_attn_implementation(attention)
-    return model.to(setting.device)
+    return model

@@ -1,5 +1,9 @@
-"""One run in a process of its own: a setting as JSON and a file of rows in, a file of what it measured out."""
+"""Runs in a process of their own: settings as JSON and a file of rows in, a file of what each measured out.
 
+On a CPU a process runs one setting, for a process's peak memory never falls; on a GPU several, one after another.
+"""
+
+import gc
 import json
 import sys
 import tempfile
@@ -26,5 +30,9 @@ def run(setting: Setting, trees: list[Tree]) -> Measured:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    found = run(Setting(**json.loads(sys.argv[1])), saved(Path(sys.argv[2])))
-    Path(sys.argv[3]).write_text(json.dumps(asdict(found)))
+    trees = saved(Path(sys.argv[2]))
+    found = []
+    for setting in json.loads(sys.argv[1]):
+        found.append(asdict(run(Setting(**setting), trees)))
+        gc.collect()
+    Path(sys.argv[3]).write_text(json.dumps(found))

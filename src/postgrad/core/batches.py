@@ -34,23 +34,22 @@ def micro_batches(
 
     ``row_length`` is the least width of a row; 0 takes what attention on the device is cheapest with. On a CPU: rows
     as narrow as the longest tree, or all trees in one row that is attended tree by tree. On a GPU, whose block masks
-    skip what no token sees: one row of ``micro_tokens``, the same shape each time, since each shape is compiled.
+    skip what no token sees: all trees in one row.
     """
     order = sorted(index, key=lambda i: (-_width(trees[i], layout), i))
     on_gpu = device.type == "cuda"
-    least = row_length or (micro_tokens if on_gpu and layout == "tree" else 0)
     multiple = GPU_MULTIPLE if on_gpu else CPU_MULTIPLE
     batches: list[Rows] = []
     at = 0
     while at < len(order):
-        width = max(least, _width(trees[order[at]], layout))
+        width = max(row_length, _width(trees[order[at]], layout))
         end, tokens = at, 0
         while end < len(order) and (end == at or tokens + _load(trees[order[end]], layout, width) <= micro_tokens):
             tokens += _load(trees[order[end]], layout, width)
             end += 1
         members = sorted(order[at:end])
-        if not least and layout == "tree":
-            width = _cheaper_width([trees[i] for i in members], width)
+        if not row_length and layout == "tree":
+            width = tokens if on_gpu else _cheaper_width([trees[i] for i in members], width)
         batches.append(pack(trees, members, row_length=width, layout=layout, pad_id=pad_id, multiple=multiple))
         at = end
     return batches

@@ -120,17 +120,13 @@ def generate(
 
 @contextmanager
 def _answering(model: PreTrainedModel) -> Iterator[None]:
-    """Switch dropout off, and flex attention too: it compiles anew for every length of the cache."""
-    was_training, attention = model.training, model.config._attn_implementation
+    """Switch dropout off."""
+    was_training = model.training
     model.eval()
-    if attention == "flex_attention":
-        model.set_attn_implementation("sdpa")
     try:
         yield
     finally:
         model.train(was_training)
-        if attention == "flex_attention":
-            model.set_attn_implementation(attention)
 
 
 def context_length(model: PreTrainedModel) -> int:

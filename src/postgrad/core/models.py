@@ -34,7 +34,7 @@ from postgrad.core.files import atomic_path, flush, remove
 from postgrad.core.masks import attention_inputs
 from postgrad.core.ops import Head, sum_by_sequence, token_logprobs, token_nll
 from postgrad.core.precision import autocast
-from postgrad.core.rows import Layout, Rows, Tree, pack
+from postgrad.core.rows import CPU_MULTIPLE, GPU_MULTIPLE, Layout, Rows, Tree, pack
 from postgrad.core.runtime import Job, stage_seed
 from postgrad.core.text import byte_tokenizer, set_chat_template
 from postgrad.errors import ModelError
@@ -70,7 +70,7 @@ def load_lm(config: ModelConfig, job: Job, *, frozen: bool = False) -> tuple[nn.
     tokenizer = load_tokenizer(config)
     if config.path == "tiny":
         model = _tiny_llama(config, tokenizer, job.seed)
-        model.set_attn_implementation(_attention(job))
+        model.set_attn_implementation(segments.NAME)
     else:
         model = _from_pretrained(AutoModelForCausalLM, config.path, job, frozen)
     _use_tokens(model, tokenizer)
@@ -88,7 +88,7 @@ def load_reward_model(
     if config.path == "tiny":
         lm = _tiny_llama(config, tokenizer, job.seed)
         settings = LlamaConfig(**{**lm.config.to_dict(), "num_labels": 1})
-        model = AutoModelForSequenceClassification.from_config(settings, attn_implementation=_attention(job))
+        model = AutoModelForSequenceClassification.from_config(settings, attn_implementation=segments.NAME)
         model.model.load_state_dict(lm.model.state_dict())
         fresh = True
     else:
@@ -145,7 +145,7 @@ def _from_pretrained(kind: Any, path: str, job: Job, frozen: bool, num_labels: i
         merged.name_or_path = path  # what an adapter trained on top will name as its base
         return merged
     dtype = job.dtype if frozen else torch.float32
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": _attention(job)}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": segments.NAME}
     if num_labels:
         options["num_labels"] = num_labels
     with _hushed():
@@ -173,10 +173,6 @@ def _explain(path: str, load: Callable[[], Any]) -> Any:
             f"cannot load {path!r}: {first} Give a hub name you can reach or a folder with config.json, "
             f"model.safetensors and the tokenizer's files."
         ) from error
-
-
-def _attention(job: Job) -> str:
-    return "flex_attention" if job.device.type == "cuda" else segments.NAME
 
 
 def _lacks_tokenizer(path: str) -> bool:
@@ -285,7 +281,8 @@ def _probe(model: nn.Module, tree: Tree, layout: Any, job: Job) -> Tensor:
     was_training = model.training
     model.eval()
     try:
-        rows = pack([tree], [0], row_length=0, layout=layout, pad_id=0).to(job.device)
+        multiple = GPU_MULTIPLE if job.device.type == "cuda" else CPU_MULTIPLE
+        rows = pack([tree], [0], row_length=0, layout=layout, pad_id=0, multiple=multiple).to(job.device)
         with autocast(job):
             return hidden_states(model, rows)[rows.source].float()
     except (TypeError, ValueError, RuntimeError):

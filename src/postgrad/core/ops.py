@@ -105,8 +105,8 @@ def _logit_gradient(logits: Tensor, lse: Tensor, target: Tensor, upstream: Tenso
     slope = 1 - (logits / head.cap) ** 2 if head.cap else None
     gradient = logits.sub_(lse[:, None]).exp_().mul_(-upstream[:, None])
     inside = (target >= 0) & (target < gradient.shape[1])
-    place = target.clamp(0, gradient.shape[1] - 1)[:, None]
-    gradient.scatter_add_(1, place, torch.where(inside, upstream, 0.0)[:, None])
+    place = target.clamp(0, gradient.shape[1] - 1)
+    gradient[torch.arange(len(place), device=place.device), place] += torch.where(inside, upstream, 0.0)
     if slope is not None:
         gradient.mul_(slope)
     return gradient.mul_(head.scale) if head.scale != 1.0 else gradient

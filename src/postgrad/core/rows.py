@@ -160,8 +160,6 @@ def pack(
     lengths = [unit.num_tokens for unit in units]
     bins = [[i] for i in range(len(units))] if layout == "flat" else first_fit(lengths, max(row_length, max(lengths)))
     used = max(sum(lengths[i] for i in members) for members in bins)
-    if multiple == GPU_MULTIPLE and layout == "tree":
-        used = max(used, row_length)  # one shape for all micro-batches
     width = -(-used // multiple) * multiple
     grid = np.zeros((4, len(bins), width), dtype=np.int64)  # tokens, positions, group, branch
     grid[0] = pad_id

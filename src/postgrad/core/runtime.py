@@ -154,7 +154,10 @@ def stop_on_signals() -> Iterator[None]:
         _stop_depth -= 1
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-    if _stop_depth == 0 and _stop.is_set():
+        asked = _stop_depth == 0 and _stop.is_set()
+        if asked:
+            _stop.clear()  # answered: here, or by the Interrupted on its way out
+    if asked:
         raise Interrupted("Stopped after the work at hand was saved.")
 
 

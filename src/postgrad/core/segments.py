@@ -1,22 +1,28 @@
-"""Tree attention without a mask: one call a prompt and one an answer, over exactly the keys it may see.
+"""Tree attention that never looks at what a token may not see; registered with transformers as "postgrad_tree".
 
-A dense mask costs the square of the row's width. Here a row of many trees costs the sum of their own squares, and
-the causal kernel skips the half it may not see. Registered with transformers as the attention "postgrad_tree"; called
-without segments (generation, padded rows) it is transformers' own SDPA attention.
+A dense mask costs the square of the row's width. On a CPU a row of many trees is attended segment by segment, one
+call a prompt and one an answer: it costs the sum of their own squares, and the causal kernel skips half of that. On a
+GPU, FlexAttention skips the blocks that a block mask (core/masks.py) leaves out. Called with neither (generation,
+padded rows) it is transformers' own SDPA attention.
 
 Letters: H heads, K key-value heads, T tokens of the row, S keys (T and those of a cache), P prompt tokens,
 A answer tokens, E width of a head.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from postgrad.core.ops import matmul_dtype
 
 NAME = "postgrad_tree"
 
@@ -34,8 +40,15 @@ def tree_attention(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within the segments given as ``segments``; [R, T, H, E] as transformers expects of an attention."""
-    segments = options.get("segments")
+    """Attend within ``segments``, or the blocks of ``block_masks(window)``; [R, T, H, E] as transformers expects.
+
+    Dropout, which FlexAttention has not, is left to the segments.
+    """
+    segments, block_masks = options.get("segments"), options.get("block_masks")
+    window = options.get("sliding_window") or 0
+    if block_masks is not None and not (dropout and segments):
+        assert dropout == 0, "attention dropout needs all trees in one row: set data.row_length to 0"
+        return _block_attention(query, key, value, block_masks(window), scaling, options.get("softcap")), None
     if segments is None:
         plain: tuple[Tensor, None] = sdpa_attention_forward(
             module,
@@ -50,7 +63,6 @@ def tree_attention(
         )
         return plain
     assert query.shape[0] == 1, "segments describe one row"
-    window = options.get("sliding_window") or 0
     sizes = [size for num_prompt, answers in segments for size in (num_prompt, *answers)]
     sizes.append(query.shape[2] - sum(sizes))  # padding
     queries, keys, values = (torch.split(part, sizes, dim=2) for part in (query, key, value))
@@ -63,6 +75,27 @@ def tree_attention(
             pieces.append(_attend(queries[i], *seen, window, scaling, dropout))
     pieces.append(torch.zeros_like(queries[-1]))  # padding looks nowhere
     return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+def _block_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float | None, cap: float | None
+) -> Tensor:
+    """Attend in the blocks of a mask, in autocast's dtype; [R, T, H, E]."""
+    dtype = matmul_dtype(value)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+
+    capped = lambda score, *_: score if cap is None else cap * torch.tanh(score / cap)  # noqa: E731
+    grouped = query.shape[1] != key.shape[1]
+    attended: Tensor = _compiled_flex()(
+        query, key, value, score_mod=capped if cap else None, block_mask=mask, scale=scaling, enable_gqa=grouped
+    )
+    return attended.transpose(1, 2)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    """Compile FlexAttention once; rows of other widths make it compile once more, then for every width."""
+    return torch.compile(flex_attention)
 
 
 def _attend(
