@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from toy_training import CONFIG, STEPS, Toy, ToyBatches, toy_evaluate, toy_job, toy_loss, train_toy
 
 from postgrad.core.config import OptimConfig, TrainConfig
-from postgrad.core.loop import Loss, LossFunction, train
+from postgrad.core.loop import ENOUGH, Loss, LossFunction, train
 from postgrad.core.optim import make_optimizer, schedule
 from postgrad.core.report import read_metrics
 from postgrad.errors import ArtefactError, ConfigError, DataError, Diverged, Interrupted
@@ -142,6 +142,26 @@ def test_a_run_killed_in_a_checkpoint_ends_in_the_same_bytes(tmp_path: Path, str
     assert read_metrics(tmp_path)[-1]["step"] == 6, "expected rows from after the last checkpoint"
     train_toy(tmp_path)
     assert trained(tmp_path) == straight
+
+
+def test_an_evaluation_may_end_the_training_and_it_stays_ended(tmp_path: Path) -> None:
+    model = Toy()
+    config = replace(CONFIG, eval_every=2)
+    job = toy_job(tmp_path / "run")
+    evaluate = lambda step: {"error": 1.0, ENOUGH: float(step >= 4)}  # noqa: E731
+    steps = []
+
+    def loss_fn(batch: Tensor, step: int) -> Loss:
+        steps.append(step)
+        return toy_loss(model)(batch, step)
+
+    first = train(model, ToyBatches(), loss_fn, evaluate, config, job)
+    weights = [param.detach().clone() for param in model.parameters()]
+    assert max(steps) == 3 and first.results[ENOUGH] == 1
+    steps.clear()
+    again = train(model, ToyBatches(), loss_fn, evaluate, config, job)
+    assert steps == [] and again.results == first.results
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, straight: dict[str, bytes]) -> None:

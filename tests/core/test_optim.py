@@ -112,3 +112,10 @@ def test_no_cut_only_divides() -> None:
 
 def test_the_norm_of_nothing_is_zero() -> None:
     assert global_norm([]).item() == 0.0
+
+
+def test_stairs_follow_a_schedule_by_epoch() -> None:
+    """Three epochs of two steps: min + (lr - min) (1 + cos(pi e / 3)) / 2 for e = 0, 1, 2."""
+    found = [schedule(step, 6, kind="cosine", warmup=0.0, final=0.1, stairs=2) for step in range(6)]
+    want = [0.1 + 0.9 * (1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in (0, 0, 1, 1, 2, 2)]
+    assert found == pytest.approx(want)

@@ -85,6 +85,8 @@ class OptimConfig:
     """Share of the steps over which the learning rate rises from zero."""
     final: float = 0.1
     """Last learning rate, as a share of the highest."""
+    stairs: int = 0
+    """Change the learning rate only every so many steps, as schedules by epoch do; 0 = at every step."""
     clip: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
 

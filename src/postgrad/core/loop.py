@@ -11,18 +11,17 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from postgrad.core.ahead import Ahead, Batches
 from postgrad.core.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from postgrad.core.config import TrainConfig
 from postgrad.core.distributed import (
@@ -40,24 +39,10 @@ from postgrad.core.runtime import Job, progress, stage_seed, stop_on_signals
 from postgrad.core.tally import LOSS, Loss, Metric, Tally, means, total_up
 from postgrad.errors import ArtefactError, ConfigError, DataError, Diverged, Interrupted
 
-__all__ = ["Batches", "Loss", "Metric", "train"]
+__all__ = ["ENOUGH", "Batches", "Loss", "Metric", "train"]
 
-HAND_OVER_S = 0.001
-"""Making a step's micro-batches in a thread pays when it takes longer than this."""
-
-
-@runtime_checkable
-class Batches(Protocol):
-    """The data of a run, cut into optimizer steps; every step can be asked for at any time."""
-
-    def __len__(self) -> int:
-        """Count the optimizer steps of the run."""
-        ...
-
-    def __getitem__(self, step: int, /) -> Sequence[Any]:
-        """Make this rank's micro-batches of a step, from 0; there may be none."""
-        ...
-
+ENOUGH = "enough"
+"""A figure of an evaluation: above 0, training ends there."""
 
 LossFunction = Callable[[Any, int], Loss]
 Evaluate = Callable[[int], Mapping[str, float]]
@@ -113,7 +98,8 @@ def train(
     loaded and nothing is computed.
 
     Args:    loss_fn: (micro-batch, step from 0) -> Loss; computed in the job's precision.
-             evaluate: number of steps taken -> figures; run without gradients, in evaluation mode, on every rank.
+             evaluate: number of steps taken -> figures; run without gradients, in evaluation mode, on every rank. A
+             figure ENOUGH above 0 ends the training.
     Returns: a report with the last evaluation's figures (without `evaluate`: the last loss) and the curves.
     Raises:  Diverged: a loss or gradient norm is not finite; no step was taken with it.
              Interrupted: a signal asked to stop; the state is saved.
@@ -124,14 +110,14 @@ def train(
     model.train()
     with (
         stop_on_signals(),
-        _Ahead(batches) as ahead,
+        Ahead(batches) as ahead,
         progress(job, run.total, job.method, state.step) as bar,
     ):
         clock = _Clock(job)
-        while state.step < run.total:
+        while not _ended(run, state):
             step = _take_step(run, state, ahead)
             bar.advance(note=_record(run, state, step, clock))
-            if _due(run, state.step, config.save_every) or step.stop:
+            if _due(run, state.step, config.save_every) or step.stop or _ended(run, state):
                 _save(run, state)
                 clock.restart()
             if step.stop:
@@ -182,7 +168,7 @@ def _resume(run: _Run) -> _State:
     return state
 
 
-def _take_step(run: _Run, state: _State, ahead: "_Ahead") -> Tally:
+def _take_step(run: _Run, state: _State, ahead: Ahead) -> Tally:
     """Compute one optimizer step and take it."""
     _seed(run.job, "step", state.step, run.job.rank)
     step = _accumulate(run, state.step, ahead)
@@ -193,14 +179,15 @@ def _take_step(run: _Run, state: _State, ahead: "_Ahead") -> Tally:
     assert found, "the loss depends on no parameter that trains: none received a gradient"
     optim = run.config.optim
     scale_gradients(found, weight=step.sums[LOSS][1], norm=step.norm, clip=optim.clip)
-    factor = schedule(state.step, run.total, kind=optim.schedule, warmup=optim.warmup, final=optim.final)
+    shape: dict[str, Any] = {"kind": optim.schedule, "warmup": optim.warmup, "final": optim.final}
+    factor = schedule(state.step, run.total, **shape, stairs=optim.stairs)
     set_lr(run.optimizer, optim.lr * factor)
     run.optimizer.step()
     run.optimizer.zero_grad()
     return step
 
 
-def _accumulate(run: _Run, number: int, ahead: "_Ahead") -> Tally:
+def _accumulate(run: _Run, number: int, ahead: Ahead) -> Tally:
     """Add up gradients of the sums of this rank's micro-batches."""
     step = Tally()
     try:
@@ -307,6 +294,11 @@ def _save(run: _Run, state: _State) -> None:
     first_rank(write)
 
 
+def _ended(run: _Run, state: _State) -> bool:
+    """Tell whether no step is left, or none is needed."""
+    return state.step >= run.total or state.results.get(ENOUGH, 0.0) > 0
+
+
 def _due(run: _Run, done: int, every: int) -> bool:
     """Tell whether something happens after `done` steps: every so many (0 = never), and at the end."""
     return done == run.total or (every > 0 and done % every == 0)
@@ -318,54 +310,6 @@ def _seed(job: Job, *parts: object) -> None:
     torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a hundred times as long
     if job.device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-class _Ahead:
-    """Makes the next step's micro-batches in a thread while this one's are computed on.
-
-    It begins once two steps running took longer to make than to hand over: one may have waited for the processor.
-    """
-
-    def __init__(self, batches: Batches) -> None:
-        self._batches = batches
-        self._num_slow = 0
-        self._wanted: SimpleQueue[int | None] = SimpleQueue()
-        self._made: SimpleQueue[Sequence[Any] | BaseException] = SimpleQueue()
-        self._thread = Thread(target=self._work, name="batches", daemon=True)
-
-    def __enter__(self) -> "_Ahead":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._wanted.put(None)
-        self._thread.join()
-
-    def take(self, step: int) -> Sequence[Any]:
-        """Return a step's micro-batches and begin with the next one's; what went wrong there is raised here."""
-        if self._num_slow < 2:
-            began = time.perf_counter()
-            now = self._batches[step]
-            self._num_slow = self._num_slow + 1 if time.perf_counter() - began > HAND_OVER_S else 0
-            if self._num_slow == 2:
-                self._want(step + 1)
-            return now
-        made = self._made.get()
-        if isinstance(made, BaseException):
-            raise made
-        self._want(step + 1)
-        return made
-
-    def _want(self, step: int) -> None:
-        if step < len(self._batches):
-            self._wanted.put(step)
-
-    def _work(self) -> None:
-        while (step := self._wanted.get()) is not None:
-            try:
-                self._made.put(self._batches[step])
-            except BaseException as error:
-                self._made.put(error)
 
 
 class _Clock:

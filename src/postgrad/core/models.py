@@ -6,6 +6,7 @@ Letters: R rows, T tokens of a row, N target tokens, S sequences, D width.
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -308,11 +309,16 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 def model_hash(model: nn.Module) -> str:
     """Hash names and bytes of all weights; 16 hex digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+
+    def one(item: tuple[str, Tensor]) -> bytes:
+        name, tensor = item
+        digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+        return digest.digest()
+
+    with ThreadPoolExecutor() as pool:  # hashing lets the other threads run
+        parts = list(pool.map(one, sorted(model.state_dict().items())))
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -38,7 +38,7 @@ def make_optimizer(params: Sequence[Parameter], config: OptimConfig) -> AdamW:
     )
 
 
-def schedule(step: int, total: int, *, kind: Schedule, warmup: float, final: float) -> float:
+def schedule(step: int, total: int, *, kind: Schedule, warmup: float, final: float, stairs: int = 0) -> float:
     """Give the learning rate of a step as a share of the highest.
 
     It rises in equal parts over the first W = round(warmup * total) steps, (step + 1) / (W + 1), is 1 at step W,
@@ -47,6 +47,7 @@ def schedule(step: int, total: int, *, kind: Schedule, warmup: float, final: flo
         cosine:  final + (1 - final) * (1 + cos(pi * p)) / 2
         linear:  1 - (1 - final) * p
         constant: 1
+    With stairs s, p = s * floor(step / s) / total: the same for s steps, and `final` would come after the last.
 
     Args:    step: from 0.   total: steps in all.   warmup: share of the steps.   final: last share of the
              highest. Differs: others start at 0 and reach `final` one step after the last; here no step is
@@ -56,6 +57,8 @@ def schedule(step: int, total: int, *, kind: Schedule, warmup: float, final: flo
     if step < num_warmup:
         return (step + 1) / (num_warmup + 1)
     progress = (step - num_warmup) / max(1, total - 1 - num_warmup)
+    if stairs:
+        progress = step // stairs * stairs / total
     match kind:
         case "constant":
             return 1.0
