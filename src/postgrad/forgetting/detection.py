@@ -1,0 +1,213 @@
+"""Forgetting classes of a detector of the DETR family: their boxes are still fitted, their names are not.
+
+Formula:   L = R(x_r) + beta F(x_f) + alpha sum_g ||g||_2 + w_f relu(BND_pro - KL(x_f)) + w_r KL(x_r), where
+           R = 2 C + 5 L1 + 2 GIoU,   F = relu(BND - 2 C) + 5 L1 + 2 GIoU,
+           C is the focal loss (DETR: its cross entropy, with "no object" as a class), and KL is between the rows of the
+           classifier and the decoder's embeddings of the queries that were matched to boxes.
+Source:    GS-LoRA (arXiv 2403.11530), its Deformable DETR; matcher and losses are transformers' own.
+Differs:   only the last decoder layer's predictions count, as in the paper; a batch to forget must have boxes.
+
+A target is what transformers takes: {"class_labels": [T], "boxes": [T, 4]}, a box as (centre x, centre y, width,
+height) in shares of the image.
+
+Letters: B images, Q queries, K classes, D width of an embedding, T boxes of an image.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from postgrad.errors import DataError, ModelError
+from postgrad.forgetting.losses import bounded_prototype, detector_forget, prototype_kl
+
+Target = dict[str, Tensor]
+Matched = Sequence[tuple[Tensor, Tensor]]
+"""For each image: queries, and the boxes they were matched to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorObjectiveConfig:
+    """Weights and bounds of the terms of a detector's objective."""
+
+    beta: float = 0.15
+    """Weight of the forgetting objective."""
+    bound: float = 15.0
+    """BND: twice the focal loss at which a forgotten batch is left alone."""
+    alpha: float = 3e-4
+    """Weight of the sum of group norms."""
+    weight_forget: float = 0.005
+    """w_f: weight of pushing forgotten embeddings off their class's row; 0 is GS-LoRA."""
+    weight_retain: float = 0.0
+    """w_r: weight of holding retained embeddings at their class's row."""
+    bound_prototype: float = 18.0
+    """BND_pro: the divergence in nats at which forgotten embeddings are left alone."""
+
+
+class DetectorBatch(NamedTuple):
+    """Images and what is on them."""
+
+    pixel_values: Float[Tensor, "B C H W"]
+    targets: Sequence[Target]
+    pixel_mask: Shaped[Tensor, "B H W"] | None = None
+
+
+class Predictions(NamedTuple):
+    """What the last decoder layer says of each query."""
+
+    logits: Float[Tensor, "B Q K"]
+    boxes: Float[Tensor, "B Q 4"]
+    embeddings: Float[Tensor, "B Q D"]
+
+
+class DetectorLosses(NamedTuple):
+    """The three losses of matched predictions, unweighted, for each box of the batch."""
+
+    classes: Float[Tensor, ""]
+    box_l1: Float[Tensor, ""]
+    box_giou: Float[Tensor, ""]
+
+
+class DetectorTerms(NamedTuple):
+    """The objective, and its terms, each times its weight and detached."""
+
+    total: Float[Tensor, ""]
+    retain: Float[Tensor, ""]
+    forget: Float[Tensor, ""]
+    structure: Float[Tensor, ""]
+    prototype_forget: Float[Tensor, ""]
+    prototype_retain: Float[Tensor, ""]
+
+
+def predict(model: nn.Module, batch: DetectorBatch) -> Predictions:
+    """Run a detector."""
+    _is_softmax(model)
+    out = model(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask)
+    return Predictions(out.logits, out.pred_boxes, out.last_hidden_state)
+
+
+def match(model: Any, found: Predictions, targets: Sequence[Target]) -> Matched:
+    """Assign queries to boxes at least cost, by transformers' matcher with the costs of the model's config."""
+    from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
+    from transformers.loss.loss_for_object_detection import HungarianMatcher
+
+    config = model.config
+    kind = HungarianMatcher if _is_softmax(model) else DeformableDetrHungarianMatcher
+    matcher = kind(class_cost=config.class_cost, bbox_cost=config.bbox_cost, giou_cost=config.giou_cost)
+    matched: Matched = matcher({"logits": found.logits, "pred_boxes": found.boxes}, list(targets))
+    return matched
+
+
+def detector_losses(model: Any, found: Predictions, targets: Sequence[Target], matched: Matched) -> DetectorLosses:
+    """Return transformers' losses of the last layer's predictions."""
+    from transformers.loss.loss_deformable_detr import DeformableDetrImageLoss
+    from transformers.loss.loss_for_object_detection import ImageLoss
+
+    config = model.config
+    settings: dict[str, Any] = {
+        "matcher": lambda outputs, targets: matched,
+        "num_classes": config.num_labels,
+        "losses": ["labels", "boxes"],
+    }
+    if _is_softmax(model):
+        criterion = ImageLoss(eos_coef=config.eos_coefficient, **settings)
+    else:
+        criterion = DeformableDetrImageLoss(focal_alpha=config.focal_alpha, **settings)
+    outputs = {"logits": found.logits, "pred_boxes": found.boxes}
+    losses = criterion.to(found.logits.device)(outputs, list(targets))
+    return DetectorLosses(losses["loss_ce"], losses["loss_bbox"], losses["loss_giou"])
+
+
+def remain_objective(losses: DetectorLosses) -> Float[Tensor, ""]:
+    """Return 2 C + 5 L1 + 2 GIoU."""
+    return 2 * losses.classes + 5 * losses.box_l1 + 2 * losses.box_giou
+
+
+def forget_objective(losses: DetectorLosses, bound: float = 15.0) -> Float[Tensor, ""]:
+    """Return relu(bound - 2 C) + 5 L1 + 2 GIoU."""
+    return detector_forget(F.relu(bound - 2 * losses.classes), losses.box_l1, losses.box_giou)
+
+
+def class_prototypes(model: Any) -> Float[Tensor, "K D"]:
+    """Return each class's row of the classifier that reads the last decoder layer, detached."""
+    if _is_softmax(model):
+        weight = model.class_labels_classifier.weight[: model.config.num_labels]  # without "no object"
+    else:
+        weight = model.class_embed[model.config.decoder_layers - 1].weight
+    rows: Tensor = weight.detach()
+    return rows
+
+
+def matched_embeddings(
+    found: Predictions, targets: Sequence[Target], matched: Matched
+) -> tuple[Float[Tensor, "M D"], Int[Tensor, " M"]]:
+    """Return the embeddings of matched queries, and their boxes' classes."""
+    embeddings = [found.embeddings[i, queries] for i, (queries, _) in enumerate(matched)]
+    labels = [target["class_labels"][boxes] for target, (_, boxes) in zip(targets, matched, strict=True)]
+    return torch.cat(embeddings), torch.cat(labels)
+
+
+def of_classes(targets: Iterable[Target], classes: Iterable[int]) -> list[Target]:
+    """Keep the boxes of some classes: a batch to forget shows those to forget, a batch to retain the others."""
+    wanted = torch.tensor(sorted(set(classes)), dtype=torch.int64)
+    kept = [
+        (target, torch.isin(target["class_labels"], wanted.to(target["class_labels"].device))) for target in targets
+    ]
+    return [{"class_labels": t["class_labels"][keep], "boxes": t["boxes"][keep]} for t, keep in kept]
+
+
+def detection_forget_step(
+    model: nn.Module,
+    retain: DetectorBatch,
+    forget: DetectorBatch,
+    structure: Float[Tensor, ""],
+    config: DetectorObjectiveConfig,
+) -> DetectorTerms:
+    """Return the objective of one step with its terms; the formula is at the top of this file.
+
+    Args: structure: the sum of the groups' norms; 0 while alpha is 0.
+    Raises: DataError: no box is to be forgotten in this batch.
+    """
+    if not any(len(target["class_labels"]) for target in forget.targets):
+        raise DataError(
+            "expected boxes of forgotten classes in the batch to forget, found none: without one, the objective would "
+            "ask for objects on the background. Take images that have some"
+        )
+    rows = class_prototypes(model)
+    zero = rows.new_zeros(())
+    losses, (embeddings, labels) = _losses(model, retain)
+    kept = remain_objective(losses)
+    pull = (
+        config.weight_retain * prototype_kl(embeddings, labels, rows) if config.weight_retain and len(labels) else zero
+    )
+    losses, (embeddings, labels) = _losses(model, forget)
+    lack = config.beta * forget_objective(losses, config.bound)
+    push = zero
+    if config.weight_forget:
+        push = config.weight_forget * bounded_prototype(embeddings, labels, rows, config.bound_prototype)
+    sparse = config.alpha * structure if config.alpha else zero
+    total = kept + lack + sparse + push + pull
+    return DetectorTerms(total, kept.detach(), lack.detach(), sparse.detach(), push.detach(), pull.detach())
+
+
+def _losses(model: nn.Module, batch: DetectorBatch) -> tuple[DetectorLosses, tuple[Tensor, Tensor]]:
+    found = predict(model, batch)
+    matched = match(model, found, batch.targets)
+    losses = detector_losses(model, found, batch.targets, matched)
+    return losses, matched_embeddings(found, batch.targets, matched)
+
+
+def _is_softmax(model: nn.Module) -> bool:
+    """Say whether a detector's classes exclude each other (DETR) or are told apart one by one (Deformable DETR)."""
+    from transformers import DeformableDetrForObjectDetection, DetrForObjectDetection
+
+    if not isinstance(model, DetrForObjectDetection | DeformableDetrForObjectDetection):
+        raise ModelError(
+            f"expected transformers' DetrForObjectDetection or DeformableDetrForObjectDetection, found "
+            f"{type(model).__name__}; load the detector as one of these"
+        )
+    return isinstance(model, DetrForObjectDetection)
