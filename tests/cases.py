@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
+from forgotten import DATA, forgotten
 
 from postgrad.alignment.align import AlignConfig
 from postgrad.alignment.annotate import AnnotateConfig
@@ -22,6 +23,16 @@ from postgrad.alignment.tasks import TaskSizes, corrupt, make_prompt, score
 from postgrad.core.config import DataConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
 from postgrad.core.models import load_reward_model, save_model
 from postgrad.core.runtime import Job
+from postgrad.core.vision import ImagesConfig
+from postgrad.core.vision_models import ClassifierConfig
+from postgrad.forgetting.bake import BakeConfig
+from postgrad.forgetting.base import BaseConfig
+from postgrad.forgetting.erase import EraseConfig
+from postgrad.forgetting.forget import ForgetConfig
+from postgrad.forgetting.leakage_audit import AuditConfig
+from postgrad.forgetting.revoke import RevokeConfig
+from postgrad.forgetting.unlearn import UnlearnConfig
+from postgrad.forgetting.verify import VerifyConfig
 
 NUM_PROMPTS = 32
 MODEL = ModelConfig(tiny_width=32, tiny_layers=1)
@@ -169,6 +180,50 @@ def align(folder: Path) -> AlignConfig:
     )
 
 
+def forget(folder: Path) -> ForgetConfig:
+    """A tiny classifier learns digits and serves two requests, one of which is revoked."""
+    usual = EraseConfig()
+    base = replace(BaseConfig().train, epochs=3, log_every=2)
+    erase = replace(usual, select_epochs=1, blocks=1, patience=0, train=replace(usual.train, epochs=2))
+    return ForgetConfig(
+        tasks=(9, 1, 2),
+        share=1.0,
+        preset="own",
+        gold=False,
+        erase=erase,
+        base=BaseConfig(train=base),
+        audit=AuditConfig(svc=False),
+        model=ClassifierConfig(width=32, depth=2, heads=2),
+        data=ImagesConfig(limit=200),
+    )
+
+
+def verify(folder: Path) -> VerifyConfig:
+    """A service of two requests, its base and its images."""
+    made = forgotten(folder)
+    return VerifyConfig(service=str(made.service), model=ClassifierConfig(path=str(made.model)), data=DATA)
+
+
+def revoke(folder: Path) -> RevokeConfig:
+    """Both requests of a service, in a copy: the service is an input."""
+    made = forgotten(folder)
+    model = ClassifierConfig(path=str(made.model))
+    return RevokeConfig(service=str(made.service), requests=("first", "second"), rehearse=True, model=model, data=DATA)
+
+
+def bake(folder: Path) -> BakeConfig:
+    """Both requests of a service, in a copy."""
+    made = forgotten(folder)
+    return BakeConfig(service=str(made.service), rehearse=True, model=ClassifierConfig(path=str(made.model)), data=DATA)
+
+
+def unlearn(folder: Path) -> UnlearnConfig:
+    """Rows of one file, learnt, then a share of them unlearnt, beside a gold model."""
+    rows = [{"messages": [*each, {"role": "assistant", "content": ranked(each)[0][1]}]} for each in prompts()]
+    path = write(folder / "unlearn.jsonl", rows)
+    return UnlearnConfig(share=0.25, model=MODEL, data=data(path), train=TRAIN, learning=replace(TRAIN, eval_every=0))
+
+
 CASES: dict[str, Callable[[Path], Any]] = {
     "align": align,
     "sft": sft,
@@ -178,4 +233,9 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "rejection": rejection,
     "dpo": dpo,
     "evaluate": evaluate,
+    "forget": forget,
+    "verify": verify,
+    "revoke": revoke,
+    "bake": bake,
+    "unlearn": unlearn,
 }

@@ -23,7 +23,10 @@ from postgrad.errors import Interrupted
 from postgrad.methods import METHODS, config_class, method
 
 # What tells of this day and this machine; everything else a run leaves must be the same bytes.
-OF_THE_DAY = {"timing.jsonl", "stages.jsonl", "environment.json", "report.html", "sections.json", ".lock"}
+OF_THE_DAY = {
+    "timing.jsonl", "stages.jsonl", "environment.json", "report.html", "sections.json", ".lock",
+    "ledger.jsonl", "ledger.head", "certificates",
+}  # fmt: skip
 
 every_method = pytest.mark.parametrize("name", METHODS)
 Output = pytest.CaptureFixture[str]
@@ -84,8 +87,9 @@ def at_each_advance(action: Callable[[], object]) -> Iterator[None]:
 
 def contents(folder: Path) -> dict[str, str]:
     """Hash every file that must not differ between two runs of one config."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in OF_THE_DAY)
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    kept = [path for path in files if not OF_THE_DAY & set(path.parts)]
+    return {str(path): hashlib.sha256((folder / path).read_bytes()).hexdigest() for path in kept}
 
 
 def run_until(name: str, config: Any, calls: int, stop: Callable[[], None]) -> None:

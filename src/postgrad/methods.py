@@ -19,6 +19,11 @@ METHODS: dict[str, str] = {
     "rejection": "postgrad.alignment.rejection",
     "dpo": "postgrad.alignment.dpo",
     "evaluate": "postgrad.alignment.evaluate",
+    "forget": "postgrad.forgetting.forget",
+    "unlearn": "postgrad.forgetting.unlearn",
+    "verify": "postgrad.forgetting.verify",
+    "revoke": "postgrad.forgetting.revoke",
+    "bake": "postgrad.forgetting.bake",
 }
 
 

@@ -59,8 +59,8 @@ class Made:
     """Tensors that no file held: they were drawn."""
 
 
-def logits_of(network: Any, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
-    """Run a network of transformers, or one that returns its logits."""
+def logits_of(network: Any, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "... K"]:
+    """Run a network of transformers, or one that returns its logits: one row an image, unless hooks put in others."""
     logits: Tensor = network(pixel_values=pixels).logits if isinstance(network, PreTrainedModel) else network(pixels)
     return logits
 

@@ -1,0 +1,126 @@
+"""The report of a run of requests: what was forgotten, kept, undone, and what still leaks."""
+
+from collections.abc import Sequence
+
+from postgrad.core.report import Cell, Note, Plot, Section, Series, Table
+from postgrad.forgetting.comparison import Served
+from postgrad.forgetting.entries import ApplyBody, RevokeBody
+from postgrad.forgetting.leakage_audit import Audit
+from postgrad.forgetting.leakage_report import leakage_sections
+from postgrad.forgetting.ledger import states
+from postgrad.forgetting.policy import Verdict, judge, read_limits
+from postgrad.forgetting.service import Service
+
+
+def summary(audits: Sequence[Audit], service: Service) -> dict[str, Cell]:
+    """Give the key figures: means and worst over the requests."""
+    tables = [audit.accuracy for audit in audits]
+    old = [table.acc_o.value for table in tables if table.acc_o is not None]
+    last = audits[-1]
+    found: dict[str, Cell] = {
+        "h_mean": sum(table.h for table in tables) / len(tables),
+        "h_worst": min(table.h for table in tables),
+        **{name: value for name, value in last.accuracy.row().items() if name in ("acc_r", "acc_r_low", "acc_r_high")},
+        "acc_f_worst": max(table.acc_f.value for table in tables),
+        "acc_o_worst": max(old, default=0.0),
+    }  # fmt: skip
+    excess = [(audit.knn.excess, audit.probe.excess) for audit in audits]
+    if all(knn is not None and probe is not None for knn, probe in excess):
+        found["knn_excess_worst"] = max(knn.value for knn, _ in excess if knn is not None)
+        found["probe_excess_worst"] = max(probe.value for _, probe in excess if probe is not None)
+    found["mia_auc"] = last.membership.auc.value
+    found["limits_missed"] = sum(not verdict.passed for _, verdict in verdicts(service))
+    found["requests_in_use"] = len(service.active)
+    return found
+
+
+def verdicts(service: Service) -> list[tuple[str, Verdict]]:
+    """Hold every request against the limits that were in force."""
+    bodies = [entry.body for entry in service.ledger.entries() if isinstance(entry.body, ApplyBody)]
+    return [(body.request, verdict) for body in bodies for verdict in judge(read_limits(body.policy), body.metrics)]
+
+
+def forget_sections(
+    service: Service, audits: Sequence[Audit], others: Sequence[Served], references: Sequence[Audit]
+) -> tuple[Section, ...]:
+    """Lay the report out: requests, limits, revocations, comparisons, leaks after the last request."""
+    last = [*references, audits[-1], *(served.audits[-1] for served in others)]
+    comparison: list[Section] = [comparison_table(audits, others), comparison_plot(audits, others)] if others else []
+    return (
+        requests_table(service), limits_table(service), *_revocations(service), *comparison, *leakage_sections(last),
+    )  # fmt: skip
+
+
+def requests_table(service: Service) -> Table:
+    """Show each request: figures in per cent, blocks, steps."""
+    state = states(service.ledger.entries())
+    rows: list[tuple[Cell, ...]] = []
+    for entry in service.ledger.entries():
+        if isinstance(entry.body, ApplyBody):
+            body, found = entry.body, entry.body.metrics
+            rows.append((
+                body.request, state[body.request], found["acc_r"], found["acc_r_pretrained"], found["acc_f"],
+                found.get("acc_o", "–"), found.get("acc_m", "–"), found["h"],
+                f"{len(body.blocks)} of {body.num_blocks}", int(found["steps"]),
+            ))  # fmt: skip
+    columns = ("request", "state", "Acc_r", "before", "Acc_f", "Acc_o", "Acc_m", "H", "blocks changed", "steps")
+    note = (
+        "Per cent of test images: Acc_r kept classes, Acc_f this request's, Acc_o earlier ones', Acc_m kept classes "
+        "without an image to learn from. H is the harmonic mean of Acc_r and what Acc_f lost."
+    )
+    return Table("Requests", columns, tuple(rows), note)
+
+
+def limits_table(service: Service) -> Table:
+    """Show what the policy asks and what was found."""
+    rows = tuple(
+        (request, verdict.name, verdict.limit, "–" if verdict.found is None else verdict.found, verdict.outcome)
+        for request, verdict in verdicts(service)
+    )
+    return Table("Limits of the policy", ("request", "limit", "allowed", "found", "outcome"), rows)
+
+
+def _revocations(service: Service) -> list[Section]:
+    bodies = [entry.body for entry in service.ledger.entries() if isinstance(entry.body, RevokeBody)]
+    return [
+        Note(
+            f"Request {body.request} was revoked",
+            "The outputs equal, bit for bit, those of a model that never had its adapter."
+            if body.bit_exact
+            else "The outputs differ from those of a model that never had its adapter: do not rely on the revocation.",
+            "good" if body.bit_exact else "warning",
+        )
+        for body in bodies
+    ]
+
+
+def comparison_table(audits: Sequence[Audit], others: Sequence[Served]) -> Table:
+    """Set all methods side by side: H after each request, the worst Acc_o, the leaks after the last."""
+    rows: list[tuple[Cell, ...]] = []
+    for served in (Served(audits[-1].name, tuple(audits)), *others):
+        tables = [audit.accuracy for audit in served.audits]
+        old = [table.acc_o.value for table in tables if table.acc_o is not None]
+        final = served.audits[-1]
+        leaks = [part.excess for part in (final.knn, final.probe)]
+        rows.append((
+            served.name, *(table.h for table in tables), tables[-1].acc_r.value, max(old, default=0.0),
+            *("–" if leak is None else leak.value for leak in leaks),
+        ))  # fmt: skip
+    columns = (
+        "method", *(f"H {number}" for number in range(1, len(audits) + 1)), "Acc_r at last", "worst Acc_o",
+        "kNN excess", "probe excess",
+    )  # fmt: skip
+    return Table("Methods on the same requests", columns, tuple(rows))
+
+
+def comparison_plot(audits: Sequence[Audit], others: Sequence[Served]) -> Plot:
+    """Draw H over the requests."""
+    lines = [Served(audits[-1].name, tuple(audits)), *others]
+    series = tuple(
+        Series(
+            served.name, tuple(float(i) for i in range(1, len(served.audits) + 1)),
+            tuple(audit.accuracy.h for audit in served.audits), dashed=i > 0,
+        )
+        for i, served in enumerate(lines)
+    )  # fmt: skip
+    return Plot("H over the requests", "request", "H", series)

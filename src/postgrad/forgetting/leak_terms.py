@@ -1,0 +1,114 @@
+"""The leak terms of a request: weighted, measured against what the model made of the same images before.
+
+Forgetting in the answers leaves a class's features in a heap of their own. These terms (core ideas and formulas in
+forgetting/leakfree.py) move them among the retained images they look like, as in a model that never saw the class.
+
+Letters: F forgotten images, N retained images, B batch, D width of the features, K classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from postgrad.core.vision_models import Seen
+from postgrad.errors import ConfigError
+from postgrad.forgetting.leakfree import gold_proxy_logits, gold_proxy_loss, probe_leak, scatter_targets, soft_knn_leak
+from postgrad.forgetting.losses import Batch
+
+NEIGHBOURS = 5
+"""Asked, when it is measured what neighbours find."""
+LEAST_SPREAD = 1e-6
+"""Of features that do not differ, such as those of a single retained image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeakConfig:
+    """Weights of the terms that keep forgotten classes from being found again in the features; 0 = off."""
+
+    proxy: float = 1.0
+    """Answer forgotten images as the old head would without the rows of forgotten classes."""
+    scatter: float = 0.5
+    """Move their features to those of retained images that are answered alike."""
+    knn: float = 3.0
+    """Lower the share of neighbours that tell the class."""
+    probe: float = 0.0
+    """Lower what a ridge regression finds of the classes."""
+    temperature: float = 0.03
+    """Cosine over which a neighbour's weight falls to a third: small asks for the very nearest."""
+    stop: float = 40.0
+    """Training may end once neighbours find at most so many per cent of the forgotten training images."""
+
+
+def check_leak(config: LeakConfig, name: str = "leak") -> None:
+    """Refuse weights below 0, and a temperature that nothing can be divided by."""
+    for key in ("proxy", "scatter", "knn", "probe"):
+        if vars(config)[key] < 0:
+            raise ConfigError(f"{name}.{key}: expected a weight of 0 or more, found {vars(config)[key]}")
+    if config.temperature <= 0:
+        raise ConfigError(f"{name}.temperature: expected above 0, found {config.temperature}")
+
+
+@dataclass(frozen=True, eq=False)
+class LeakTerms:
+    """What the terms compare with."""
+
+    config: LeakConfig
+    forgotten: tuple[int, ...]
+    features: Float[Tensor, "F D"]
+    """Of the forgotten images, before."""
+    teacher: Float[Tensor, "F K"]
+    """Their logits before."""
+    targets: Float[Tensor, "F D"]
+    """Features of retained images for them to land on."""
+    spread: Float[Tensor, ""]
+    """Mean variance of a retained feature: distances are counted in it."""
+
+    @property
+    def on(self) -> bool:
+        """Say whether any term counts."""
+        weights = (self.config.proxy, self.config.scatter, self.config.knn, self.config.probe)
+        return any(weight > 0 for weight in weights)
+
+    def found(self, forget: Seen, labels: Int64[Tensor, " F"], retain: Seen, others: Int64[Tensor, " N"]) -> float:
+        """Return the per cent of forgotten images whose nearest neighbours, without themselves, tell the class."""
+        features = F.normalize(torch.cat([forget.features, retain.features]), dim=1)
+        similar = features[: len(labels)] @ features.T
+        similar.fill_diagonal_(-2.0)
+        asked = min(NEIGHBOURS, len(features) - 1)
+        near = torch.cat([labels, others])[similar.topk(asked).indices]  # [F, asked]
+        return 100.0 * (near.mode(1).values == labels).float().mean().item()
+
+    def losses(self, index: Int64[Tensor, " B"], gone: Batch, kept: Batch) -> Mapping[str, Tensor]:
+        """Return each term that is on, times its weight."""
+        index = index.to(self.teacher.device)
+        found: dict[str, Tensor] = {}
+        if self.config.proxy:
+            found["leak_proxy"] = self.config.proxy * gold_proxy_loss(gone.logits, self.teacher[index], self.forgotten)
+        if self.config.scatter:
+            away = (gone.features - self.targets[index]).square().mean() / self.spread
+            found["leak_scatter"] = self.config.scatter * away
+        if self.config.knn:
+            share = soft_knn_leak(gone.features, gone.labels, kept.features, kept.labels, self.config.temperature)
+            found["leak_knn"] = self.config.knn * share
+        if self.config.probe:
+            features, labels = torch.cat([gone.features, kept.features]), torch.cat([gone.labels, kept.labels])
+            found["leak_probe"] = self.config.probe * probe_leak(features, labels, self.forgotten)
+        return found
+
+
+def leak_terms(
+    config: LeakConfig, forget: Seen, retain: Seen, labels: Int64[Tensor, " F"], old: Sequence[int] = ()
+) -> LeakTerms:
+    """Take note of what the model makes of the images before the request.
+
+    Args: labels: of the forgotten images.   old: classes that were forgotten before; no image is answered as one.
+    """
+    forgotten = tuple(sorted({*labels.tolist(), *old}))
+    keys, bank = (gold_proxy_logits(seen.logits, forgotten).softmax(1).sqrt() for seen in (forget, retain))
+    targets = scatter_targets(keys, bank, retain.features)
+    spread = retain.features.var(0, unbiased=False).mean().clamp(min=LEAST_SPREAD)
+    return LeakTerms(config, forgotten, forget.features, forget.logits, targets, spread)
