@@ -31,7 +31,6 @@ from postgrad.forgetting.erase import EraseConfig
 from postgrad.forgetting.forget import ForgetConfig
 from postgrad.forgetting.leakage_audit import AuditConfig
 from postgrad.forgetting.revoke import RevokeConfig
-from postgrad.forgetting.unlearn import UnlearnConfig
 from postgrad.forgetting.verify import VerifyConfig
 
 NUM_PROMPTS = 32
@@ -217,13 +216,6 @@ def bake(folder: Path) -> BakeConfig:
     return BakeConfig(service=str(made.service), rehearse=True, model=ClassifierConfig(path=str(made.model)), data=DATA)
 
 
-def unlearn(folder: Path) -> UnlearnConfig:
-    """Rows of one file, learnt, then a share of them unlearnt, beside a gold model."""
-    rows = [{"messages": [*each, {"role": "assistant", "content": ranked(each)[0][1]}]} for each in prompts()]
-    path = write(folder / "unlearn.jsonl", rows)
-    return UnlearnConfig(share=0.25, model=MODEL, data=data(path), train=TRAIN, learning=replace(TRAIN, eval_every=0))
-
-
 CASES: dict[str, Callable[[Path], Any]] = {
     "align": align,
     "sft": sft,
@@ -237,5 +229,4 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "verify": verify,
     "revoke": revoke,
     "bake": bake,
-    "unlearn": unlearn,
 }

@@ -20,7 +20,6 @@ METHODS: dict[str, str] = {
     "dpo": "postgrad.alignment.dpo",
     "evaluate": "postgrad.alignment.evaluate",
     "forget": "postgrad.forgetting.forget",
-    "unlearn": "postgrad.forgetting.unlearn",
     "verify": "postgrad.forgetting.verify",
     "revoke": "postgrad.forgetting.revoke",
     "bake": "postgrad.forgetting.bake",

@@ -17,10 +17,13 @@ def epoch(found: PairBatches, number: int) -> list[Pair]:
 def test_an_epoch_is_one_pass_over_the_retained_images() -> None:
     found = batches()
     assert (found.epoch_steps, len(found)) == (3, 9)
+    orders = []
     for number in range(3):
         pairs = epoch(found, number)
         assert [len(pair.retain) for pair in pairs] == [4, 4, 2]
-        assert sorted(torch.cat([pair.retain for pair in pairs]).tolist()) == list(range(10))
+        orders.append(torch.cat([pair.retain for pair in pairs]).tolist())
+        assert sorted(orders[-1]) == list(range(10))
+    assert orders[0] != orders[1] != orders[2]
 
 
 def test_images_to_forget_go_round_and_begin_anew_with_each_epoch() -> None:

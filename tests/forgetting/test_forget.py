@@ -12,11 +12,11 @@ from tiny_digits import DATA, MODEL, base_config, images
 
 from postgrad.core.config import RuntimeConfig, load_config
 from postgrad.core.report import Report
-from postgrad.core.vision_models import ClassifierConfig
+from postgrad.core.vision_models import Classifier, ClassifierConfig
 from postgrad.errors import ArtefactError, ConfigError, DataError, GateError
-from postgrad.forgetting import verify
+from postgrad.forgetting import service, verify
 from postgrad.forgetting.entries import ApplyBody, RevokeBody
-from postgrad.forgetting.erase import PRESETS, EraseConfig
+from postgrad.forgetting.erase import PRESETS, EraseConfig, Erased, Material, erase
 from postgrad.forgetting.forget import (
     ForgetConfig,
     check,
@@ -138,8 +138,15 @@ def test_verify_measures_the_same_anew(done: Done, tmp_path: Path) -> None:
     assert report.results["errors"] == 0 and report.results["requests_measured"] == 2
 
 
-def test_a_later_run_goes_on_with_the_service(served: Done, tmp_path: Path) -> None:
+def test_a_later_run_goes_on_with_the_service(served: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs before have forgotten is neither kept nor learnt from, and is measured apart."""
+    learnt: list[Material] = []
+
+    def noted(classifier: Classifier, material: Material, *rest: Any) -> Erased:
+        learnt.append(material)
+        return erase(classifier, material, *rest)
+
+    monkeypatch.setattr(service, "erase", noted)
     model = replace(MODEL, path=str(served.folder / "base" / "model"))
     more = at(tmp_path / "more", model=model, service=str(served.service), requests=(asked(tmp_path, "b", "1"),))
     report = run(more)
@@ -147,6 +154,7 @@ def test_a_later_run_goes_on_with_the_service(served: Done, tmp_path: Path) -> N
     assert (first.request, second.request) == ("a", "b") and second.metrics["num_earlier"] == 1
     assert second.metrics["acc_o"] <= 20 and second.num_retain == first.num_retain - 24
     assert report.results["requests_in_use"] == 2
+    assert [(set(each.old), each.task) for each in learnt] == [({8, 3}, 1)]
     test_verify_measures_the_same_anew(served, tmp_path)
     with pytest.raises(ConfigError, match=r"baselines: expected a service without requests of earlier runs.*'a', 'b'"):
         run(at(tmp_path / "c", more, requests=(asked(tmp_path, "c", "2"),), baselines=("ssd",)))
