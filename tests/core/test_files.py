@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from postgrad.core.files import atomic_path, write_json, write_text
+from postgrad.core.files import atomic_path, sweep, write_json, write_text
 
 
 def test_text_round_trips_with_its_newlines(tmp_path: Path) -> None:
@@ -47,3 +47,17 @@ def test_rights_are_those_of_an_ordinary_file(tmp_path: Path) -> None:
     ordinary.write_text("")
     write_text(tmp_path / "ours", "")
     assert os.stat(tmp_path / "ours").st_mode == os.stat(ordinary).st_mode
+
+
+def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    deep = tmp_path / "a" / "b"
+    deep.mkdir(parents=True)
+    left = deep / f".part.parquet.{'0' * 32}.tmp"
+    left.write_text("half")
+    (deep / f".model.{'f' * 32}.tmp").mkdir()
+    others = [deep / ".notes.tmp", deep / "kept.tmp", tmp_path / ".lock"]
+    for path in others:
+        path.write_text("mine")
+    sweep(tmp_path)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(others)
+    assert not (deep / f".model.{'f' * 32}.tmp").exists()

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
+
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
 @contextmanager
@@ -24,6 +27,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         remove(temporary)
     flush(path.parent)  # the rename itself
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half written anywhere below a folder that no other process writes to."""
+    for path in [path for path in folder.rglob(".*.tmp") if TEMPORARY.fullmatch(path.name)]:
+        remove(path)
 
 
 def remove(path: Path) -> None:

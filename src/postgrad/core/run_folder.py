@@ -21,7 +21,7 @@ import torch
 from postgrad import __version__
 from postgrad.core.config import diff_config, dump_config, load_config
 from postgrad.core.distributed import world
-from postgrad.core.files import write_json, write_text
+from postgrad.core.files import sweep, write_json, write_text
 from postgrad.core.report import Note, Plot, Report, Section, Series, Table
 from postgrad.errors import ArtefactError, ConfigError, UserError
 
@@ -44,6 +44,7 @@ def take_folder(folder: Path, config: Any, method: str, device: torch.device) ->
     try:
         record = folder / "config.toml"
         _clear_other_run(record, config, method)
+        sweep(folder)
         if not record.exists():
             write_text(record, f"# postgrad {method}\n{dump_config(config)}")
         write_json(folder / "environment.json", _environment(device))
