@@ -42,7 +42,8 @@ from postgrad.core.vision_models import Classifier, ClassifierConfig
 from postgrad.errors import Diverged
 from postgrad.forgetting.base import BaseConfig
 from postgrad.forgetting.baselines import BASELINES, BaselineConfig, run_baseline
-from postgrad.forgetting.erase import PRESETS, Material, erase
+from postgrad.forgetting.erase import Material, erase
+from postgrad.forgetting.erase_config import PRESETS
 from postgrad.forgetting.forget import ForgetConfig, base_of, gold_views, splits_of, working
 from postgrad.forgetting.leakage import fit_probe, knn_found, probe_found, recovery
 from postgrad.forgetting.leakage_audit import Views

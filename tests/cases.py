@@ -27,10 +27,16 @@ from postgrad.core.vision import ImagesConfig
 from postgrad.core.vision_models import ClassifierConfig
 from postgrad.forgetting.bake import BakeConfig
 from postgrad.forgetting.base import BaseConfig
-from postgrad.forgetting.erase import EraseConfig
+from postgrad.forgetting.box_files import BoxesConfig
+from postgrad.forgetting.detector import DetectorBaseConfig, DetectorConfig
+from postgrad.forgetting.erase_boxes import EraseBoxesConfig
+from postgrad.forgetting.erase_config import EraseConfig
 from postgrad.forgetting.forget import ForgetConfig
+from postgrad.forgetting.forget_boxes import ForgetBoxesConfig
 from postgrad.forgetting.leakage_audit import AuditConfig
+from postgrad.forgetting.purge import PurgeConfig
 from postgrad.forgetting.revoke import RevokeConfig
+from postgrad.forgetting.unlearn import UnlearnConfig
 from postgrad.forgetting.verify import VerifyConfig
 
 NUM_PROMPTS = 32
@@ -197,6 +203,23 @@ def forget(folder: Path) -> ForgetConfig:
     )
 
 
+def forget_boxes(folder: Path) -> ForgetBoxesConfig:
+    """A tiny detector sees shapes for a moment and serves two requests, one of which is revoked."""
+    usual, base = EraseBoxesConfig(), DetectorBaseConfig()
+    erase = replace(
+        usual, select_epochs=1, blocks=1, early=False, floor=100.0, snap=0.0,
+        train=replace(usual.train, epochs=1, batch_size=8, log_every=1),
+    )  # fmt: skip
+    return ForgetBoxesConfig(
+        preset="own",
+        revoke=("request-2",),
+        erase=erase,
+        base=DetectorBaseConfig(train=replace(base.train, epochs=1, batch_size=8, log_every=1)),
+        model=DetectorConfig(width=32, queries=4),
+        data=BoxesConfig(limit=24),
+    )
+
+
 def verify(folder: Path) -> VerifyConfig:
     """A service of two requests, its base and its images."""
     made = forgotten(folder)
@@ -216,6 +239,32 @@ def bake(folder: Path) -> BakeConfig:
     return BakeConfig(service=str(made.service), rehearse=True, model=ClassifierConfig(path=str(made.model)), data=DATA)
 
 
+def purge(folder: Path) -> PurgeConfig:
+    """Three files of a request, in a copy of the service: neither is an input that a run may delete."""
+    made = forgotten(folder)
+    files = [folder / f"{number}.png" for number in range(3)]
+    for file in files:
+        file.write_bytes(b"somebody")
+    return PurgeConfig(service=str(made.service), request="first", files=tuple(map(str, files)), rehearse=True)
+
+
+def unlearn(folder: Path) -> UnlearnConfig:
+    """Rows of one file, learnt, then a share of them unlearnt in two ways, beside a gold model."""
+    rows = [
+        {"messages": [*each, {"role": "assistant", "content": found[0][1]}], "perturbed_answer": [found[-1][1]]}
+        for each in prompts()
+        if (found := ranked(each))
+    ]
+    return UnlearnConfig(
+        share=0.25,
+        compare=("npo",),
+        model=MODEL,
+        data=data(write(folder / "unlearn.jsonl", rows)),
+        train=replace(TRAIN, max_steps=40),
+        learning=replace(TRAIN, eval_every=0),
+    )
+
+
 CASES: dict[str, Callable[[Path], Any]] = {
     "align": align,
     "sft": sft,
@@ -226,7 +275,10 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "dpo": dpo,
     "evaluate": evaluate,
     "forget": forget,
+    "forget_boxes": forget_boxes,
     "verify": verify,
     "revoke": revoke,
     "bake": bake,
+    "unlearn": unlearn,
+    "purge": purge,
 }

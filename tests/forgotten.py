@@ -15,7 +15,7 @@ from postgrad.core.vision import ImagesConfig, ImageSet, load_images
 from postgrad.core.vision_models import Classifier, ClassifierConfig, save_classifier
 from postgrad.forgetting.base import BaseConfig, fresh, train_base
 from postgrad.forgetting.entries import Entry
-from postgrad.forgetting.erase import PRESETS, EraseConfig
+from postgrad.forgetting.erase_config import PRESETS, EraseConfig
 from postgrad.forgetting.metrics import acc_table
 from postgrad.forgetting.policy import PolicyConfig
 from postgrad.forgetting.request import ForgetRequest

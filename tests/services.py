@@ -57,6 +57,15 @@ METRICS = {
     "min_shots": 142.0,
     "h": 97.0,
 }
+SAMPLE_METRICS = {
+    "acc_f": 91.7, "acc_f_low": 74.2, "acc_f_high": 97.7, "acc_f_pretrained": 100.0, "acc_f_gold": 87.5,
+    "acc_h": 90.0, "acc_h_low": 81.0, "acc_h_high": 95.0, "acc_h_pretrained": 92.0,
+    "acc_r": 96.5, "acc_r_low": 94.75, "acc_r_high": 97.75, "acc_r_pretrained": 97.5,
+    "acc_excess": 4.2, "acc_excess_low": -7.0, "acc_excess_high": 15.0,
+    "mia_auc": 0.55, "mia_auc_low": 0.41, "mia_auc_high": 0.69, "mia_pretrained": 0.71, "mia_gold": 0.5,
+    "mia_excess": 0.05, "mia_excess_low": -0.1, "mia_excess_high": 0.2,
+    "num_earlier": 1.0, "num_old_classes": 0.0, "num_single_images": 24.0, "min_shots": 12.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,9 @@ def carry_out(ledger: Ledger, asked: ForgetRequest, base_hash: str, *blocks: int
     (folder / "adapter_config.json").write_text('{"r": 8, "lora_alpha": 1}\n')
     (folder / "adapter_model.safetensors").write_bytes(hashlib.sha512(asked.id.encode()).digest() * 20)
     body = apply_entry(asked, base_hash, hash_files(folder), *blocks)
-    if asked.id != "2041":
+    if asked.samples:
+        body = replace(body, num_forget=len(asked.samples), metrics=SAMPLE_METRICS)
+    elif asked.id != "2041":
         body = replace(body, metrics={**METRICS, "num_earlier": 1.0, "acc_o": 0.5})
     entry = ledger.append(body)
     write_certificate(ledger.folder, entry, asked, identical(body), named=named)
@@ -169,6 +180,16 @@ def make_service(folder: Path) -> Ledger:
     assert isinstance(first.body, ApplyBody)
     ledger.append(PurgeBody(request="2041", manifest_hash=first.body.manifest_hash, num_files=3, code_version="1.0"))
     ledger.append(VerifyBody(base_hash=base.base_hash, num_requests=2, num_findings=0, metrics={}, code_version="1.0"))
+    return ledger
+
+
+def make_single(folder: Path) -> Ledger:
+    """Make a service with a request for single images."""
+    base = write_base(folder, NAME, TENSORS, CLASSES)
+    ledger = Ledger.open(folder, tick())
+    ledger.append(base_entry(base))
+    samples = tuple(f"{number:016x}" for number in range(24))
+    carry_out(ledger, replace(request("2043"), samples=samples), base.base_hash, 3, named=False)
     return ledger
 
 

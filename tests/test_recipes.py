@@ -35,8 +35,9 @@ def reads_data(recipe: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def real(shared: Path, tmp_path_factory: Folders) -> Path:
-    """A folder with data/ as scripts/real_data writes it."""
+    """A folder with data/ as scripts/real_data writes it, and the recipes, whose templates some plans read."""
     folder = tmp_path_factory.mktemp("real")
+    (folder / "recipes").symlink_to(REPOSITORY / "recipes")
     command = [sys.executable, str(REPOSITORY / "scripts" / "real_data"), str(shared / "data"), str(folder / "data")]
     subprocess.run(command, check=True, capture_output=True)
     return folder

@@ -11,7 +11,8 @@ from postgrad.core.runtime import Job
 from postgrad.core.vision import ImagesConfig, ImageSet, load_images
 from postgrad.core.vision_models import Classifier, ClassifierConfig
 from postgrad.forgetting.base import BaseConfig, fresh, train_base
-from postgrad.forgetting.erase import PRESETS, EraseConfig, Material
+from postgrad.forgetting.erase import Material
+from postgrad.forgetting.erase_config import PRESETS, EraseConfig
 
 SEED = 3
 DATA = ImagesConfig(limit=240)
@@ -70,4 +71,4 @@ def material(gone: tuple[int, ...] = GONE, old: tuple[int, ...] = ()) -> Materia
 def quick(config: EraseConfig = PLAIN, epochs: int = 20) -> EraseConfig:
     """Make a preset fit for these few images."""
     settings = replace(config.train, epochs=epochs, batch_size=32, log_every=100)
-    return replace(config, rank=4, scale=4.0, select_epochs=min(1, config.select_epochs), blocks=1, train=settings)
+    return replace(config, rank=4, scale=4.0, select_epochs=min(1, config.select_epochs), blocks=1, least_steps=0, train=settings)

@@ -20,9 +20,12 @@ METHODS: dict[str, str] = {
     "dpo": "postgrad.alignment.dpo",
     "evaluate": "postgrad.alignment.evaluate",
     "forget": "postgrad.forgetting.forget",
+    "unlearn": "postgrad.forgetting.unlearn",
     "verify": "postgrad.forgetting.verify",
     "revoke": "postgrad.forgetting.revoke",
     "bake": "postgrad.forgetting.bake",
+    "forget_boxes": "postgrad.forgetting.forget_boxes",
+    "purge": "postgrad.forgetting.purge",
 }
 
 
@@ -42,7 +45,7 @@ def config_class(name: str) -> type[Any]:
     """Find the config class of a method: `<Name>Config` in its module."""
     module = method(name)
     for attribute, value in vars(module).items():
-        if attribute.lower() == f"{name}config" and isinstance(value, type):
+        if attribute.lower() == f"{name.replace('_', '')}config" and isinstance(value, type):
             return value
     raise AssertionError(f"{module.__name__} must define a class {name.capitalize()}Config")
 

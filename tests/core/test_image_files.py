@@ -191,7 +191,7 @@ def test_arrays_in_an_archive(tmp_path: Path) -> None:
         (np.array([[[-1]], [[3]]]), r"image 0: expected int64 values from 0 to 255, found -1"),
         (np.array([[["a"]], [["b"]]]), r"expected images of numbers, found an array of <U1"),
         (np.zeros((2, 3), np.uint8), r"expected images of height x width, .* found shape \(3,\)"),
-        (np.zeros((2, 5, 4, 2), np.uint8), r"1 or 3 channels before or after them, found shape \(5, 4, 2\)"),
+        (np.zeros((2, 5, 4, 2), np.uint8), r"1, 3 or 4 channels before or after them, found shape \(5, 4, 2\)"),
         (np.zeros((3, 2, 2), np.uint8), r"expected a label for each image, found 3 and 2"),
     ],
 )
@@ -290,3 +290,43 @@ def test_digits_are_scaled_to_bytes() -> None:
     # 17 shades: k / 16 of 255, rounded.
     assert images.unique().tolist() == [round(255 * k / 16) for k in range(17)]
     assert images[0, 0, 0].tolist() == [0, 0, 80, 207, 143, 16, 0, 0]
+
+
+def test_what_is_transparent_lies_on_white(tmp_path: Path) -> None:
+    """Half opaque black is 255 * (1 - 128 / 255) = 127; what is hidden does not show."""
+    pixels = np.zeros((2, 2, 4), np.uint8)
+    pixels[..., 3] = [[255, 0], [128, 0]]
+    expected = torch.tensor([[0, 255], [127, 255]], dtype=torch.uint8)
+    whole = Image.fromarray(pixels)
+    grey = Image.merge("LA", (Image.new("L", (2, 2)), whole.getchannel("A")))
+    for number, image in enumerate((whole, grey)):
+        image.save(tmp_path / f"{number}.png")
+        (found,) = all_of(Found("some", [str(tmp_path / f"{number}.png")], [0]))
+        assert torch.equal(found, expected.expand(3 if image is whole else 1, 2, 2))
+    for arrays in (pixels[None], pixels[None].transpose(0, 3, 1, 2)):
+        path = tmp_path / "set.npz"
+        np.savez(path, x_train=np.repeat(arrays, 5, 0), y_train=np.arange(5))
+        assert torch.equal(all_of(find_images(str(path), COLUMNS, SPLITS)["train"])[4], expected.expand(3, 2, 2))
+
+
+def test_palettes_are_looked_up(tmp_path: Path) -> None:
+    """With or without a transparent entry, even one with a transparency of its own for each."""
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    for name, transparency, last in (("a", None, [40, 50, 60]), ("b", 1, [255] * 3), ("c", b"\xff\x00", [255] * 3)):
+        path = tmp_path / f"{name}.png"
+        image.save(path, **({} if transparency is None else {"transparency": transparency}))
+        (found,) = all_of(Found("some", [str(path)], [0]))
+        assert found[:, 0, 0].tolist() == [10, 20, 30] and found[:, 0, 1].tolist() == last
+
+
+def test_more_than_eight_bits_are_refused(tmp_path: Path) -> None:
+    """Of what they hold nobody says which value is white."""
+    deep = np.full((2, 2), 40_000, np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    with pytest.raises(DataError, match=r"deep\.png\): expected 8 bits a channel, found mode I;16\. Convert the image"):
+        all_of(Found("some", [str(tmp_path / "deep.png")], [0]))
+    np.savez(tmp_path / "deep.npz", x_train=deep[None], y_train=np.arange(1))
+    with pytest.raises(DataError, match="expected uint16 values from 0 to 255, found 40000"):
+        find_images(str(tmp_path / "deep.npz"), COLUMNS, SPLITS)

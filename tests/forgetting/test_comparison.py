@@ -10,13 +10,16 @@ from postgrad.core.vision_models import Classifier, classifier_hash
 from postgrad.errors import ConfigError
 from postgrad.forgetting import comparison as module
 from postgrad.forgetting.baselines import BASELINES, BaselineConfig
+from postgrad.forgetting.bench import Bench
 from postgrad.forgetting.comparison import SERVED, chosen, compare
-from postgrad.forgetting.erase import PRESETS, Material
-from postgrad.forgetting.forget import Bench, ForgetConfig, splits_of
+from postgrad.forgetting.erase import Material
+from postgrad.forgetting.erase_config import PRESETS
+from postgrad.forgetting.forget import ForgetConfig, splits_of
 from postgrad.forgetting.leakage_audit import AuditConfig
-from postgrad.forgetting.views import passes
+from postgrad.forgetting.relearn import RelearnConfig
+from postgrad.forgetting.sample_audit import Scope
 
-CONFIG = ForgetConfig(tasks=(9, 1, 2), gold=False, audit=AuditConfig(svc=False))
+CONFIG = ForgetConfig(tasks=(9, 1, 2), gold=False, audit=AuditConfig(svc=False, relearn=RelearnConfig(steps=0)))
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,8 @@ def base() -> Classifier:
 
 @pytest.fixture(scope="module")
 def bench(base: Classifier) -> Bench:
-    return Bench(CONFIG, images(), (), splits_of(CONFIG, images()[0], ()), passes(base, images()), ())
+    scopes = [Scope(split) for split in splits_of(CONFIG, images()[0], ())]
+    return Bench(CONFIG.audit, images(), (), scopes, base, (), 0)
 
 
 def test_names_are_checked_and_kept_in_order() -> None:
@@ -65,7 +69,7 @@ def test_what_a_service_would_refuse_is_shown(
     steps = replace(plain.train, epochs=1, optim=replace(plain.train.optim, lr=1.0))
     harsh = replace(plain, floor=0.0, patience=0, train=steps)
     monkeypatch.setattr(module, "PRESETS", {"harsh": harsh})
-    (served,) = compare(("harsh",), base, replace(bench, splits=bench.splits[:1]), images()[0], job(tmp_path))
+    (served,) = compare(("harsh",), base, replace(bench, scopes=bench.scopes[:1]), images()[0], job(tmp_path))
     assert served.audits[0].accuracy.acc_r.value < served.audits[0].accuracy.acc_r_pretrained
 
 

@@ -17,7 +17,8 @@ from postgrad.core.vision_models import Classifier, classifier_hash
 from postgrad.errors import ConfigError, GateError
 from postgrad.forgetting import erase as module
 from postgrad.forgetting.blocks import ffn_blocks
-from postgrad.forgetting.erase import PRESETS, EraseConfig, check_erase, erase
+from postgrad.forgetting.erase import erase
+from postgrad.forgetting.erase_config import PRESETS, EraseConfig, check_erase
 from postgrad.forgetting.losses import ObjectiveConfig, group_norms, lora_groups
 from postgrad.forgetting.schedules import PRESETS as PUBLISHED
 from postgrad.forgetting.views import View, share_right
@@ -68,13 +69,20 @@ def test_it_forgets_and_keeps_in_few_blocks(preset: str, tmp_path: Path) -> None
     assert right(classifier, GONE) == found.figures["forget_accuracy"] == 0.0
     kept = right(classifier, KEPT)
     assert kept == found.figures["retain_accuracy"] == pytest.approx(before - found.figures["lost"])
-    assert found.figures["lost"] <= 1.0 and found.figures["enough"] == 1.0
+    assert found.figures["lost"] <= 1.0 and found.figures["enough"] == float(preset != "safe")
     assert ("leak_found" in found.figures) == (preset == "safe")
     assert found.linears == tuple(pairs(classifier.network, FIRST)) and len(blocks_of(classifier, found.linears)) < 3
     assert set(found.norms) == {block.name for block in ffn_blocks(classifier.network)}
     assert classifier_hash(classifier) == hashes and not classifier.training
 
 
+@pytest.fixture
+def contented(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the first attempt stand, whatever came of it."""
+    monkeypatch.setattr(module, "_done", lambda *_: True)
+
+
+@pytest.mark.usefixtures("contented")
 @pytest.mark.parametrize(("strength", "kept"), (((3.0, 2.0, 1.0), 1), ((3.0, 1.0, 2.0), 2)))
 def test_only_later_blocks_stay_and_the_strongest_of_them(
     strength: tuple[float, ...], kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -100,16 +108,29 @@ def test_where_few_blocks_do_not_suffice_more_are_tried(tmp_path: Path) -> None:
     classifier = taught()
     found = erase(classifier, material(), FIRST, (), NOTHING, job(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["blocks-1", "blocks-2", "blocks-3"]
-    assert blocks_of(classifier, found.linears) == [0, 1, 2] and found.figures["enough"] == 0.0
+    assert blocks_of(classifier, found.linears) == [0, 1, 2] and found.figures["forget_accuracy"] > 0.0
     assert found.steps == 3 * 2 * STEPS and adapter_names(classifier.network) == (FIRST,)
     assert not (tmp_path / "blocks-3" / "select").exists()
 
 
-def test_without_patience_the_first_attempt_stands(tmp_path: Path) -> None:
-    found = erase(taught(), material(), FIRST, (), replace(NOTHING, patience=0), job(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == ["blocks-1"] and found.steps == 2 * STEPS
+def test_epochs_of_few_images_are_repeated_until_there_are_steps_enough(tmp_path: Path) -> None:
+    config = replace(quick(epochs=2), patience=0)
+    for least, epochs in ((0, 2), (2 * STEPS + 1, 3), (5 * STEPS, 5)):
+        found = erase(
+            taught(), material(), FIRST, (), replace(config, least_steps=least, select_epochs=0), job(tmp_path / f"{least}")
+        )
+        assert found.steps == epochs * STEPS
 
 
+def test_without_a_choice_of_blocks_nothing_is_trained_to_choose(tmp_path: Path) -> None:
+    """Two of three blocks are late, so keeping two leaves no choice."""
+    classifier = taught()
+    found = erase(classifier, material(), FIRST, (), replace(quick(), blocks=2), job(tmp_path))
+    assert blocks_of(classifier, found.linears) == [1, 2]
+    assert not (tmp_path / "blocks-2" / "select").exists() and len(found.norms) == 2
+
+
+@pytest.mark.usefixtures("contented")
 def test_image_passes_count_the_blocks_that_are_computed(tmp_path: Path) -> None:
     """One epoch on all blocks, then two from the block that stays: each has STEPS of 2 x 32 images."""
     config = replace(quick(epochs=2), patience=0)
@@ -171,7 +192,7 @@ def test_at_the_floor_the_classifier_answers_as_before(tmp_path: Path) -> None:
     classifier = taught()
     erase(classifier, material(LATER), FIRST, (), quick(), job(tmp_path / "1"))
     before = logits(classifier)
-    with pytest.raises(GateError, match=r"request-2: \d+\.\d points .* floor is 0\.5"):
+    with pytest.raises(GateError, match=r"^\d+\.\d points .* floor is 0\.5"):
         erase(classifier, material(), SECOND, (FIRST,), replace(HARSH, floor=0.5), job(tmp_path / "2"))
     assert adapter_names(classifier.network) == (FIRST,) and torch.equal(logits(classifier), before)
     erase(classifier, material(), SECOND, (FIRST,), replace(HARSH, floor=100.0), job(tmp_path / "2"))
@@ -212,6 +233,7 @@ def test_the_papers_presets_have_the_published_numbers() -> None:
         assert not found.leak.proxy and not found.snap
 
 
+@pytest.mark.usefixtures("contented")
 def test_the_gain_of_later_tasks_is_the_papers_only_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gains: list[float] = []
     initialise: Callable[..., None] = module.initialise
@@ -267,6 +289,7 @@ def test_sparsity_counts_from_an_epoch_on(tmp_path: Path) -> None:
     assert [row["structure"] != 0 for row in rows] == [False] * STEPS + [True] * STEPS
 
 
+@pytest.mark.usefixtures("contented")
 def test_attention_can_be_adapted_instead(tmp_path: Path) -> None:
     classifier = taught()
     config = replace(quick(epochs=1), placement="attention", patience=0)
@@ -285,6 +308,7 @@ def test_attention_can_be_adapted_instead(tmp_path: Path) -> None:
         ({"select_epochs": -1}, r"erase\.select_epochs: expected 0 or more, found -1"),
         ({"snap": -0.1}, r"erase\.snap"),
         ({"patience": -1}, r"erase\.patience"),
+        ({"least_steps": -1}, r"erase\.least_steps"),
         ({"floor": -1.0}, r"erase\.floor"),
         ({"alpha_from": -1}, r"erase\.alpha_from"),
         ({"objective": ObjectiveConfig(bound=0.0)}, r"erase\.objective: bound must be above 0"),

@@ -10,8 +10,8 @@ from postgrad.core.metrics import Interval
 from postgrad.core.plots import draw
 from postgrad.core.sections import Note, Plot, Table
 from postgrad.core.vision_models import Classifier
+from postgrad.forgetting.bench import Bench
 from postgrad.forgetting.comparison import Served
-from postgrad.forgetting.forget import Bench, ForgetConfig
 from postgrad.forgetting.forget_report import (
     comparison_plot,
     comparison_table,
@@ -23,11 +23,12 @@ from postgrad.forgetting.forget_report import (
 )
 from postgrad.forgetting.leakage import Recovery
 from postgrad.forgetting.leakage_audit import Audit, AuditConfig
+from postgrad.forgetting.relearn import RelearnConfig, Relearned
+from postgrad.forgetting.sample_audit import Scope
 from postgrad.forgetting.schedules import TaskSplit
 from postgrad.forgetting.service import Service
-from postgrad.forgetting.views import passes
 
-CONFIG = ForgetConfig(gold=False, audit=AuditConfig(svc=False))
+CONFIG = AuditConfig(svc=False, relearn=RelearnConfig(steps=0))
 SPLITS = (TaskSplit((1, 2, 3, 4, 5, 7, 8, 9), (0, 6)), TaskSplit((1, 2, 3, 5, 7, 8, 9), (4,), (0, 6)))
 
 
@@ -39,7 +40,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.fixture(scope="module")
 def audits(made: Made) -> tuple[Audit, ...]:
     base: Classifier = load(made.model)
-    bench = Bench(CONFIG, images(), (), SPLITS, passes(base, images()), ())
+    scopes = [Scope(split) for split in SPLITS]
+    bench = Bench(CONFIG, images(), (), scopes, load(made.model), (), 0)
     with Service.open(made.service, base, "base") as service:
         found = []
         for number, shown in enumerate((["first"], ["first", "second"])):
@@ -143,3 +145,30 @@ def test_sections_come_in_order(audits: tuple[Audit, ...], service: Service) -> 
     leaks = next(each for each in compared if each.title == "What was forgotten, and what leaks")
     assert isinstance(leaks, Table) and [row[0] for row in leaks.rows] == ["own", "other"]
     assert any(isinstance(each, Plot) for each in alone)
+
+
+FAST, SLOW = Relearned((0, 8), (0.0, 90.0)), Relearned((0, 8, 16), (0.0, 0.0, 95.0))
+NEVER = Relearned((0, 8), (0.0, 9.0))
+
+
+def test_how_fast_classes_come_back_is_a_key_figure(audits: tuple[Audit, ...], service: Service) -> None:
+    """90 of 100 % after 8 images for us and 16 for gold: half of its samples."""
+    audit = with_figures(audits[0], 100.0, 0.0, None)
+    for ours, gold, expected in ((FAST, SLOW, 0.5), (SLOW, FAST, 2.0), (NEVER, FAST, "never")):
+        found = summary([replace(audit, relearned=ours, relearned_gold=gold)], service)
+        assert found["relearn_90"] == expected
+    for ours, gold in ((NEVER, NEVER), (FAST, None)):
+        assert "relearn_90" not in summary([replace(audit, relearned=ours, relearned_gold=gold)], service)
+    assert "relearn_90" not in replace(audit, relearned=NEVER, relearned_gold=FAST).figures(), "no number, no entry"
+
+
+def test_each_request_says_how_fast_it_is_taught_again(audits: tuple[Audit, ...], service: Service) -> None:
+    audit = with_figures(audits[0], 100.0, 0.0, None)
+    shown = [replace(audit, relearned=SLOW, relearned_gold=NEVER), replace(audit, relearned=FAST, relearned_gold=None)]
+    sections = forget_sections(service, shown, (), (), names=("first", "second"))
+    (table,) = (each for each in sections if isinstance(each, Table) and each.title == "Taught again")
+    assert table.columns == ("request", "to 50%", "gold to 50%", "to 90%", "gold to 90%", "shown at most")
+    assert table.rows == (("first", 16, "more", 16, "more", 16), ("second", 8, "–", 8, "–", 8))
+    assert not [
+        each for each in forget_sections(service, audits, (), (), names=("a", "b")) if each.title == "Taught again"
+    ]

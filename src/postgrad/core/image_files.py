@@ -166,11 +166,13 @@ def _one(found: Found, row: int, size: int) -> np.ndarray:
 
 
 def _pixels(image: Image.Image, size: int, where: str) -> np.ndarray:
-    """Turn upright, convert to grey or RGB, and scale the middle square to the size."""
+    """Turn upright, lay on white, convert to grey or RGB, and scale the middle square to the size."""
     if image.mode in _DEEP:
         raise DataError(f"{where}: expected 8 bits a channel, found mode {image.mode}. Convert the image.")
     ImageOps.exif_transpose(image, in_place=True)
     mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     if image.mode != mode:
         image = image.convert(mode)
     if size:
@@ -201,12 +203,17 @@ def _bytes(images: np.ndarray, place: str) -> np.ndarray:
 
 
 def _upright(images: np.ndarray, place: str) -> np.ndarray:
-    """Bring an array of images to [N, H, W] or [N, H, W, 3]."""
-    if images.ndim == 4 and images.shape[3] not in (1, 3) and images.shape[1] in (1, 3):
-        images = images.transpose(0, 2, 3, 1)
+    """Bring an array of images to [N, H, W] or [N, H, W, 3]; with a fourth channel, how opaque they are, onto white."""
+    for plain in ((1, 3), (4,)):
+        if images.ndim == 4 and not {images.shape[3], images.shape[1]}.isdisjoint(plain):
+            images = images if images.shape[3] in plain else images.transpose(0, 2, 3, 1)
+            break
+    if images.ndim == 4 and images.shape[3] == 4:
+        opaque = images[..., 3:].astype(np.uint16)
+        images = ((images[..., :3] * opaque + 255 * (255 - opaque) + 127) // 255).astype(np.uint8)
     if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)) or 0 in images.shape[1:]:
         raise DataError(
-            f"{place}: expected images of height x width, with 1 or 3 channels before or after them, found shape "
+            f"{place}: expected images of height x width, with 1, 3 or 4 channels before or after them, found shape "
             f"{tuple(images.shape[1:])}."
         )
     return images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images

@@ -13,6 +13,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,19 @@ def base_state(network: nn.Module) -> dict[str, Tensor]:
         elif name.startswith(f"{prefix}base_layer."):
             state[prefix + name.removeprefix(f"{prefix}base_layer.")] = tensor
     return state
+
+
+def base_hashes(network: nn.Module) -> dict[str, str]:
+    """Hash every tensor of the base under its name: sha256 of dtype, shape and bytes, in hex; adapters are left out."""
+
+    def one(tensor: Tensor) -> str:
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    state = base_state(network)
+    with ThreadPoolExecutor() as pool:  # hashing lets the other threads run
+        return dict(zip(state, pool.map(one, state.values()), strict=True))
 
 
 def export_adapter(network: nn.Module, name: str, folder: Path, *, base: str) -> None:

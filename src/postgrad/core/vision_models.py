@@ -8,10 +8,8 @@ Differs:   images go straight to the network's size; a processor that crops afte
 Letters: B images, C channels, H height, W width, D features, K classes.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from postgrad.core.files import atomic_path, flush, remove, write_json
-from postgrad.core.layer_adapters import base_state
+from postgrad.core.layer_adapters import base_hashes
 from postgrad.core.runtime import Job, stage_seed
 from postgrad.core.vision_networks import (
     NO_BUILDERS,
@@ -252,14 +250,7 @@ def classifier_hash(classifier: Classifier) -> dict[str, str]:
     a saved file may keep older ones.
     """
 
-    def one(tensor: Tensor) -> str:
-        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
-
-    state = base_state(classifier.network)
-    with ThreadPoolExecutor() as pool:  # hashing lets the other threads run
-        return dict(zip(state, pool.map(one, state.values()), strict=True))
+    return base_hashes(classifier.network)
 
 
 def _make(

@@ -12,6 +12,7 @@ Letters: B images, Q queries, K classes, N detections or boxes, T boxes.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -82,20 +83,26 @@ def split_precision(
 
 def class_precision(found: Sequence[Boxes], there: Sequence[Boxes], label: int) -> float | None:
     """Return the AP of one class; None when it is not there."""
-    num = sum(int((boxes.labels == label).sum()) for boxes in there)
-    if num == 0:
-        return None
-    scores: list[Tensor] = []
-    hits: list[Tensor] = []
+    num = 0
+    scores: list[np.ndarray] = []
+    hits: list[np.ndarray] = []
     for one, truth in zip(found, there, strict=True):
         assert one.scores is not None, "detections have scores"
-        order = one.scores.cpu().sort(descending=True, stable=True).indices
-        mine = order[(one.labels.cpu() == label)[order]][:MAX_DETECTIONS]
-        overlap = iou(one.corners.cpu()[mine], truth.corners.cpu()[truth.labels.cpu() == label])
-        scores.append(one.scores.cpu()[mine])
-        hits.append(torch.stack([_hits(overlap, least) for least in OVERLAPS]))
-    order = torch.cat(scores).sort(descending=True, stable=True).indices
-    ranked = torch.cat(hits, dim=1)[:, order]
+        wanted, mine = truth.labels.cpu() == label, one.labels.cpu() == label
+        num += int(wanted.sum())
+        if not bool(mine.any()):
+            continue
+        surest = one.scores.cpu()[mine].sort(descending=True, stable=True)
+        best = surest.indices[:MAX_DETECTIONS]
+        overlap = iou(one.corners.cpu()[mine][best], truth.corners.cpu()[wanted])
+        scores.append(surest.values[:MAX_DETECTIONS].numpy())
+        hits.append(_hits(overlap.numpy()))
+    if num == 0:
+        return None
+    if not scores:
+        return 0.0
+    order = np.argsort(-np.concatenate(scores), kind="stable")
+    ranked = np.concatenate(hits, axis=1)[:, order]
     return sum(_area(row, num) for row in ranked) / len(OVERLAPS)
 
 
@@ -108,22 +115,24 @@ def iou(one: Float[Tensor, "N 4"], other: Float[Tensor, "T 4"]) -> Float[Tensor,
     return common / (areas[0][:, None] + areas[1][None] - common).clamp(min=torch.finfo(common.dtype).tiny)
 
 
-def _hits(overlap: Float[Tensor, "N T"], least: float) -> Tensor:
-    """Say of each detection, surest first, whether it gets a box; each box is given once."""
-    free = torch.ones(overlap.shape[1], dtype=torch.bool)
-    hits = torch.zeros(overlap.shape[0], dtype=torch.bool)
-    for i in range(overlap.shape[0]):
-        open_ = overlap[i].masked_fill(~free, -1.0)
-        if overlap.shape[1] and bool(open_.max() >= least):
-            free[open_.argmax()] = False
-            hits[i] = True
+def _hits(overlap: np.ndarray) -> np.ndarray:
+    """Say of each overlap asked for and each detection [N, T], surest first, whether it gets a box; each once."""
+    num_found, num_there = overlap.shape
+    free = np.ones((len(OVERLAPS), num_there), dtype=bool)
+    hits = np.zeros((len(OVERLAPS), num_found), dtype=bool)
+    rows = np.arange(len(OVERLAPS))
+    for i in range(num_found if num_there else 0):
+        open_ = np.where(free, overlap[i], -1.0)  # [overlaps, T]
+        best = open_.argmax(1)
+        hits[:, i] = open_[rows, best] >= np.array(OVERLAPS)
+        free[rows[hits[:, i]], best[hits[:, i]]] = False
     return hits
 
 
-def _area(hits: Tensor, num: int) -> float:
+def _area(hits: np.ndarray, num: int) -> float:
     """Average the precision over 101 recalls, given hits and misses from the surest to the least sure."""
-    true = hits.double().cumsum(0)
-    precision = true / torch.arange(1, len(hits) + 1, dtype=torch.float64)
-    envelope = precision.flip(0).cummax(0).values.flip(0)
-    at = torch.searchsorted(true / num, torch.tensor(RECALLS, dtype=torch.float64))
-    return float(torch.cat([envelope, envelope.new_zeros(1)])[at].mean())
+    true = hits.cumsum().astype(np.float64)
+    precision = true / np.arange(1, len(hits) + 1)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    at = np.searchsorted(true / num, np.array(RECALLS))
+    return float(np.append(envelope, 0.0)[at].mean())

@@ -22,7 +22,7 @@ from postgrad.core.report import Cell, Note, Report, Section, Table
 from postgrad.core.runtime import Job, finish, finished, progress, start, stop_on_signals, stop_requested
 from postgrad.core.vision import ImagesConfig, ImageSet, check_images
 from postgrad.core.vision_models import Classifier, ClassifierConfig
-from postgrad.errors import ArtefactError, Interrupted
+from postgrad.errors import ArtefactError, ConfigError, Interrupted
 from postgrad.forgetting.entries import BakeBody
 from postgrad.forgetting.ledger import Ledger, states
 from postgrad.forgetting.service import Service
@@ -33,6 +33,7 @@ from postgrad.forgetting.service_runs import (
     check_service,
     entries_of_run,
     in_use,
+    is_of_texts,
     load_base,
     seed_of,
     workplace,
@@ -62,6 +63,11 @@ def check(config: BakeConfig) -> None:
     """Refuse settings that contradict each other."""
     check_service(config.service, config.model)
     check_images(config.data)
+    if is_of_texts(Path(config.service)):
+        raise ConfigError(
+            f"service: expected a classifier's, found a language model's in {config.service}. Its adapters are peft's: "
+            "PeftModel.from_pretrained(base, adapter).merge_and_unload() makes a new base."
+        )
 
 
 def plan(config: BakeConfig) -> Plan:

@@ -29,7 +29,7 @@ class PairBatches:
     num_retain: int
     num_forget: int
     batch_size: int
-    """Images of each set a step, over all ranks."""
+    """Images of each set a step, over all ranks, which share them equally."""
     epochs: int
     seed: int
     rank: int = 0
@@ -56,4 +56,6 @@ class PairBatches:
         """Slice an epoch's order; the last batch of a pass may be short, then the pass begins again."""
         order = torch.from_numpy(epoch_order(num, stage_seed(self.seed, name), epoch))
         first = place % -(-num // self.batch_size) * self.batch_size
-        return order[first : first + self.batch_size]
+        chosen = order[first : first + self.batch_size]
+        lacking = -len(chosen) % self.world  # ranks take means of their shares, so these must be of one size
+        return torch.cat([chosen, order.repeat(-(-lacking // num))[:lacking]])

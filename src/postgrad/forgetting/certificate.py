@@ -7,7 +7,7 @@ them. The name of a class is shown only where the caller says that it is nobody'
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from postgrad.core.sections import is_interval_end
 from postgrad.errors import ArtefactError, UserError
 from postgrad.forgetting.certificate_page import render_certificate
 from postgrad.forgetting.entries import ApplyBody, Entry, Finding, digest
-from postgrad.forgetting.policy import judge, read_limits
+from postgrad.forgetting.policy import SINGLE, judge, read_limits
 from postgrad.forgetting.request import ForgetRequest, class_prints, read_request, request_hash
 
 FORMAT = "postgrad certificate 1"
@@ -33,6 +33,29 @@ LIMITS = (
     "may have been revoked since: the ledger tells.",
     "Whoever controls all the files could write another set that agrees. A hash noted elsewhere, as on this page in "
     "print, or a signature brings that to light.",
+)
+
+TEXTS = "num_target_tokens"
+"""A figure that only requests to a language model have: their rows are counted as rows, not as images."""
+TEXT_LIMITS = (
+    LIMITS[0],
+    "An answer that is not given does not show that nothing is known: another question, a few steps of training or a "
+    "look inside may bring it back. The figures say more beside a model that never saw the rows.",
+    *LIMITS[2:5],
+    "The figures were measured on the rows themselves, as answers to their own questions, at the time of the entry. A "
+    "request may have been revoked since: the ledger tells.",
+    LIMITS[-1],
+)
+
+
+SINGLE_LIMITS = (
+    LIMITS[0],
+    "A model that never saw an image may name it rightly, too, and so may this one. The images were forgotten when the "
+    "model was no surer of them than of unseen images of their classes.",
+    *LIMITS[2:5],
+    "The figures were measured on the images themselves and on unseen images of their classes, at the time of the "
+    "entry. A request may have been revoked since: the ledger tells.",
+    LIMITS[-1],
 )
 
 
@@ -78,7 +101,7 @@ def certificate(
         "metrics": _metrics(body.metrics),
         "policy": dict(sorted(body.policy.items())),
         "verdicts": _verdicts(body),
-        "limits": list(LIMITS),
+        "limits": list(_limits(body.metrics)),
     }
 
 
@@ -141,13 +164,14 @@ def _applied(entry: Entry) -> ApplyBody:
 def _forgotten(body: ApplyBody, request: ForgetRequest, named: bool) -> dict[str, Any]:
     """Identify the data; a name that is not to be shown is empty."""
     names = sorted(request.classes) if named else [""] * len(body.class_prints)
+    kind = "rows" if TEXTS in body.metrics else "images"
     prints = zip(body.class_prints, names, strict=True)
     return {
         "named": named,
         "classes": [{"fingerprint": fingerprint, "name": name} for fingerprint, name in prints],
         "num_samples": body.num_samples,
-        "num_images": body.num_forget,
-        "num_retained_images": body.num_retain,
+        f"num_{kind}": body.num_forget,
+        f"num_retained_{kind}": body.num_retain,
         "manifest_hash": body.manifest_hash,
     }
 
@@ -186,6 +210,11 @@ def _verdicts(body: ApplyBody) -> list[dict[str, Any]]:
         {"name": each.name, "limit": each.limit, "found": each.found, "outcome": each.outcome}
         for each in judge(read_limits(body.policy), metrics)
     ]
+
+
+def _limits(metrics: Mapping[str, float]) -> Sequence[str]:
+    """Choose what is said of the limits of the figures: of texts, single images or classes."""
+    return TEXT_LIMITS if TEXTS in metrics else SINGLE_LIMITS if SINGLE in metrics else LIMITS
 
 
 def _differences(key: str, expected: object, found: object) -> Iterator[tuple[str, str, str]]:

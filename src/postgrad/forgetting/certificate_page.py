@@ -49,15 +49,33 @@ CHECKS = {
     "probe_excess_max": Check(
         "Does a probe still find it inside the model?", "above a model that never saw the data", "at most", "points"
     ),
+    "acc_excess_max": Check(
+        "Are these images named more often than unseen ones?",
+        "accuracy on them above a model that never saw them, or above unseen images",
+        "at most",
+        "points",
+    ),
+    "mia_excess_max": Check(
+        "Can an outsider tell that these images were trained on?",
+        "membership attack: distance of its AUC from a model's that never saw them, or from 0.5",
+        "at most",
+        "",
+    ),
     "max_blocks": Check("Was little of the model changed?", "blocks changed", "at most", ""),
     "few_shot_min": Check("Were there images enough to work with?", "fewest images of a class", "at least", ""),
 }
 PAIRS = {
     "acc_f": ("Accuracy on what was forgotten, %", "acc_f_pretrained"),
+    "acc_h": ("Accuracy on unseen images of the same classes, %", "acc_h_pretrained"),
+    "acc_excess": ("Accuracy on the images, above a model or images unseen, points", ""),
     "acc_r": ("Accuracy on what is kept, %", "acc_r_pretrained"),
     "acc_o": ("Accuracy on what earlier requests forgot, %", ""),
+    "ap_f": ("Average precision (AP) on what was forgotten, points", "ap_f_pretrained"),
+    "ap_r": ("Average precision (AP) on what is kept, points", "ap_r_pretrained"),
+    "ap_o": ("Average precision (AP) on what earlier requests forgot, points", ""),
     "acc_m": ("Accuracy on kept classes without training data, %", ""),
-    "mia_auc": ("Membership attack, area under the curve (AUC)", ""),
+    "mia_auc": ("Membership attack, area under the curve (AUC)", "mia_pretrained"),
+    "mia_excess": ("Membership attack, AUC above a model without the data, or 0.5", ""),
     "knn_excess": ("Neighbours find, above a model without the data, points", ""),
     "probe_excess": ("A probe finds, above a model without the data, points", ""),
 }
@@ -71,8 +89,15 @@ OTHERS = {
     "min_shots": "fewest images of a class",
     "num_changed_blocks": "blocks changed",
     "num_earlier": "earlier requests in use",
+    "num_old_classes": "classes that those forgot",
     "steps": "training steps",
     "image_passes": "passes of images through the model",
+    "acc_f_gold": "their accuracy in a model that never saw them, %",
+    "mia_gold": "membership attack on a model without the data, AUC",
+    "num_single_images": "single images to forget",
+    "relearn_50": "training samples to half the accuracy again, over a model without the data",
+    "relearn_90": "training samples to 90 % of the accuracy again, over a model without the data",
+    "num_target_tokens": "tokens of the answers to forget",
 }
 """Names for small print; others are shown as they are recorded."""
 
@@ -112,13 +137,15 @@ def _header(content: Mapping[str, Any]) -> str:
     forgotten, tensors, blocks = content["forgotten"], content["tensors"], content["blocks"]
     moment = datetime.fromisoformat(content["entry"]["time"])
     num_tensors = tensors["num_identical"] + len(tensors["changed"])
+    one, many = _unit(forgotten)
     what = _counted(
-        ((len(forgotten["classes"]), "class", "classes"), (forgotten["num_samples"], "single image", "single images"))
+        ((len(forgotten["classes"]), "class", "classes"), (forgotten["num_samples"], f"single {one}", f"single {many}"))
     )
     base, num_changed = escape(content["run"]["base"]), len(blocks["changed"])
+    in_all = f", {_count(forgotten[f'num_{many}'], one, many)} in all" if forgotten["classes"] else ""
     summary = (
-        f"On {_day(moment.date())} at {moment:%H:%M} UTC the model <b>{base}</b> was changed so as to forget {what}, "
-        f"{_count(forgotten['num_images'], 'image', 'images')} in all. {num_changed:,} of its "
+        f"On {_day(moment.date())} at {moment:%H:%M} UTC the model <b>{base}</b> was changed so as to forget {what}"
+        f"{in_all}. {num_changed:,} of its "
         f"{_count(blocks['num'], 'block', 'blocks')} changed; {tensors['num_identical']:,} of its {num_tensors:,} "
         "tensors are, bit for bit, what they were."
     )
@@ -130,6 +157,11 @@ def _header(content: Mapping[str, Any]) -> str:
         f'<p class="verdict {tone}">{escape(verdict)}</p>\n'
         f'<p class="summary">{summary}</p>\n<dl class="facts">{facts}</dl>\n</header>'
     )
+
+
+def _unit(forgotten: Mapping[str, Any]) -> tuple[str, str]:
+    """Say what the data are counted in, one and many."""
+    return ("row", "rows") if "num_rows" in forgotten else ("image", "images")
 
 
 def _facts(content: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
@@ -203,12 +235,13 @@ def _forgotten(forgotten: Mapping[str, Any], request: Mapping[str, Any]) -> str:
         (f"class {escape(each['name']) or f'no. {number}'}", _hash(each["fingerprint"]))
         for number, each in enumerate(forgotten["classes"], start=1)
     ]
-    rows.append((_count(forgotten["num_images"], "image", "images"), _hash(forgotten["manifest_hash"])))
+    one, many = _unit(forgotten)
+    rows.append((_count(forgotten[f"num_{many}"], one, many), _hash(forgotten["manifest_hash"])))
     shots = f"at most {request['shots']} of each class" if request["shots"] else "all there are"
     note = (
         "Salted SHA-256 fingerprints. Whoever holds the request's file, with its secret salt, can make them again from "
-        f"the names and images; nobody else can tell what they stand for. Images worked with: {shots}. "
-        f"{_count(forgotten['num_retained_images'], 'image', 'images')} held the rest in place."
+        f"the names and {many}; nobody else can tell what they stand for. {many.capitalize()} worked with: {shots}. "
+        f"{_count(forgotten[f'num_retained_{many}'], one, many)} held the rest in place."
     )
     return _table(("", "Fingerprint"), rows, "hashes") + f'<p class="note">{escape(note)}</p>'
 

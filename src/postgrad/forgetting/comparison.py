@@ -12,7 +12,8 @@ from postgrad.core.vision_models import Classifier
 from postgrad.errors import ConfigError
 from postgrad.forgetting.baselines import BASELINES, run_baseline
 from postgrad.forgetting.baselines_table import BaselineConfig
-from postgrad.forgetting.erase import PRESETS, Material, erase
+from postgrad.forgetting.erase import Material, erase
+from postgrad.forgetting.erase_config import PRESETS
 from postgrad.forgetting.leakage_audit import Audit
 from postgrad.forgetting.request import ForgetRequest
 from postgrad.forgetting.schedules import TaskSplit

@@ -85,7 +85,7 @@ class DetectorTerms(NamedTuple):
 
 def predict(model: nn.Module, batch: DetectorBatch) -> Predictions:
     """Run a detector."""
-    _is_softmax(model)
+    is_softmax(model)
     out = model(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask)
     return Predictions(out.logits, out.pred_boxes, out.last_hidden_state)
 
@@ -96,7 +96,7 @@ def match(model: Any, found: Predictions, targets: Sequence[Target]) -> Matched:
     from transformers.loss.loss_for_object_detection import HungarianMatcher
 
     config = model.config
-    kind = HungarianMatcher if _is_softmax(model) else DeformableDetrHungarianMatcher
+    kind = HungarianMatcher if is_softmax(model) else DeformableDetrHungarianMatcher
     matcher = kind(class_cost=config.class_cost, bbox_cost=config.bbox_cost, giou_cost=config.giou_cost)
     matched: Matched = matcher({"logits": found.logits, "pred_boxes": found.boxes}, list(targets))
     return matched
@@ -113,7 +113,7 @@ def detector_losses(model: Any, found: Predictions, targets: Sequence[Target], m
         "num_classes": config.num_labels,
         "losses": ["labels", "boxes"],
     }
-    if _is_softmax(model):
+    if is_softmax(model):
         criterion = ImageLoss(eos_coef=config.eos_coefficient, **settings)
     else:
         criterion = DeformableDetrImageLoss(focal_alpha=config.focal_alpha, **settings)
@@ -134,10 +134,13 @@ def forget_objective(losses: DetectorLosses, bound: float = 15.0) -> Float[Tenso
 
 def class_prototypes(model: Any) -> Float[Tensor, "K D"]:
     """Return each class's row of the classifier that reads the last decoder layer, detached."""
-    if _is_softmax(model):
-        weight = model.class_labels_classifier.weight[: model.config.num_labels]  # without "no object"
-    else:
+    from transformers import DeformableDetrForObjectDetection
+
+    is_softmax(model)
+    if isinstance(model, DeformableDetrForObjectDetection):
         weight = model.class_embed[model.config.decoder_layers - 1].weight
+    else:
+        weight = model.class_labels_classifier.weight[: model.config.num_labels]  # without DETR's "no object"
     rows: Tensor = weight.detach()
     return rows
 
@@ -201,13 +204,17 @@ def _losses(model: nn.Module, batch: DetectorBatch) -> tuple[DetectorLosses, tup
     return losses, matched_embeddings(found, batch.targets, matched)
 
 
-def _is_softmax(model: nn.Module) -> bool:
-    """Say whether a detector's classes exclude each other (DETR) or are told apart one by one (Deformable DETR)."""
-    from transformers import DeformableDetrForObjectDetection, DetrForObjectDetection
+def is_softmax(model: nn.Module) -> bool:
+    """Say whether a detector's classes exclude each other (DETR) or are told apart one by one (the others).
 
-    if not isinstance(model, DetrForObjectDetection | DeformableDetrForObjectDetection):
+    Raises: ModelError: it is of another family.
+    """
+    import transformers as hf
+
+    sigmoid = (hf.DeformableDetrForObjectDetection, hf.ConditionalDetrForObjectDetection)
+    if not isinstance(model, (hf.DetrForObjectDetection, *sigmoid)):
         raise ModelError(
-            f"expected transformers' DetrForObjectDetection or DeformableDetrForObjectDetection, found "
-            f"{type(model).__name__}; load the detector as one of these"
+            "expected transformers' DetrForObjectDetection, ConditionalDetrForObjectDetection or "
+            f"DeformableDetrForObjectDetection, found {type(model).__name__}; load the detector as one of these"
         )
-    return isinstance(model, DetrForObjectDetection)
+    return isinstance(model, hf.DetrForObjectDetection)

@@ -2,7 +2,7 @@
 
 GS-LoRA trains low-rank pairs on the feed-forward layers of every block, with a penalty that silences whole blocks.
 Here, in the "safe" presets, a short sparse phase says which blocks matter; the adapter is then pruned to those, what
-comes before them is computed once and kept, and training stops when the classes are gone.
+comes before them is computed once and kept. Settings and presets are in forgetting/erase_config.py.
 
 Source:    GS-LoRA (arXiv 2403.11530), GS-LoRA++ (arXiv 2501.09705); presets "paper" and "paper++" follow their released
            code: every block, a hundred epochs, two forward passes a step.
@@ -14,13 +14,11 @@ Letters: N images, D width of the features, K classes.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from postgrad.core.config import OptimConfig, TrainConfig
 from postgrad.core.distributed import first_rank
 from postgrad.core.layer_adapters import REINITIAL_GAIN, activate, drop, initialise, inject, pairs, prune
 from postgrad.core.loop import ENOUGH, Loss, train
@@ -28,79 +26,18 @@ from postgrad.core.report import read_metrics
 from postgrad.core.runtime import Job, stage_seed
 from postgrad.core.vision import ImageSet
 from postgrad.core.vision_models import Classifier, Seen
-from postgrad.errors import ConfigError, GateError
+from postgrad.errors import GateError
 from postgrad.forgetting.batches import Pair, PairBatches
 from postgrad.forgetting.blocks import Block, ffn_blocks
-from postgrad.forgetting.leak_terms import LeakConfig, LeakTerms, check_leak, leak_terms
-from postgrad.forgetting.losses import Batch, ObjectiveConfig, forget_loss, group_norms, lora_groups, snap, structure
+from postgrad.forgetting.erase_config import NO_LEAK, EraseConfig
+from postgrad.forgetting.leak_terms import LeakTerms, leak_terms
+from postgrad.forgetting.losses import Batch, forget_loss, group_norms, lora_groups, snap, structure
+from postgrad.forgetting.unseen import CLOSE, UnseenTerms, log_odds, plain
 from postgrad.forgetting.views import View, class_means, from_block, share_right
 
 Steps = Callable[[Pair, int], Loss]
 ALLOWED_LOSS = 1.0
-"""Points of accuracy on the retained training images that may be missing when training stops early."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EraseConfig:
-    """How a request is erased."""
-
-    rank: int = 8
-    """Rank of the adapter's pairs."""
-    scale: float = 1.0
-    """LoRA alpha: the update is multiplied by scale / rank."""
-    placement: Literal["ffn", "attention"] = "ffn"
-    """Which linear layers of a block get pairs."""
-    grouping: Literal["block", "lora", "matrix"] = "block"
-    """Which matrices are silenced together."""
-    alpha_from: int = 0
-    """Epoch from which the sparsity penalty counts."""
-    select_epochs: int = 2
-    """Epochs of the sparse phase on every block; 0 = all blocks stay."""
-    blocks: int = 2
-    """Blocks that stay after the sparse phase, the strongest of the later half."""
-    snap: float = 1e-2
-    """Groups whose norm ends below this become exactly zero and are taken off."""
-    patience: int = 1
-    """Evaluations in a row that must find all forgotten before training stops; 0 = train to the end."""
-    floor: float = 5.0
-    """Points of accuracy on the retained training images that may be lost, else the request is refused; 100 = any."""
-    together: bool = True
-    """One forward pass for both sets, begun at the first block that changes; False = two, through the whole network."""
-    objective: ObjectiveConfig = ObjectiveConfig(beta=0.2, bound=8.0, alpha=0.003, reduction="sample")
-    leak: LeakConfig = LeakConfig()
-    train: TrainConfig = TrainConfig(
-        epochs=40,
-        batch_size=32,
-        save_every=0,
-        keep_checkpoints=1,
-        optim=OptimConfig(lr=1e-2, warmup=0.05, final=0.01, clip=1.0),
-    )
-
-
-_SAFE = EraseConfig()
-_PLAIN = replace(
-    # where images are answered with certainty the forgetting term hardly has a slope: alpha stays below it
-    _SAFE, objective=replace(_SAFE.objective, alpha=1e-4), leak=LeakConfig(proxy=0.0, scatter=0.0, knn=0.0, probe=0.0)
-)  # fmt: skip
-_PAPER = EraseConfig(
-    select_epochs=0, blocks=0, snap=0.0, patience=0, floor=100.0, together=False,
-    objective=ObjectiveConfig(beta=0.2, bound=105.0, alpha=1e-4), leak=_PLAIN.leak,
-    train=TrainConfig(
-        epochs=100, batch_size=48, save_every=0, keep_checkpoints=1,
-        optim=OptimConfig(lr=1e-2, weight_decay=0.05, warmup=0.0, final=1e-3, clip=0.0, stairs=1),
-    ),
-)  # fmt: skip
-PRESETS: Mapping[str, EraseConfig] = MappingProxyType(
-    {
-        "safe": _SAFE,
-        "gs-lora": _PLAIN,
-        "gs-lora++": replace(_PLAIN, objective=replace(_PLAIN.objective, weight_forget=0.01, weight_retain=0.01)),
-        "paper": _PAPER,
-        "paper++": replace(_PAPER, objective=replace(_PAPER.objective, weight_forget=0.01)),
-    }
-)
-"""safe: ours, with the leak terms. gs-lora, gs-lora++: the paper's terms by the same fast procedure. paper, paper++: as
-the released continual scripts."""
+"""Points of accuracy on the retained training images that may be missing where enough is kept."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +50,8 @@ class Material:
     """How many requests came before."""
     old: tuple[int, ...] = ()
     """Classes that those forgot."""
+    levels: Float[Tensor, " F"] | None = None
+    """Of single images: log odds of the true class down to which each is forgotten; None = whole classes."""
 
 
 @dataclass(frozen=True)
@@ -130,35 +69,6 @@ class Erased:
     """Accuracies on the training images at the end, in percent."""
 
 
-def check_erase(config: EraseConfig, name: str = "erase") -> None:
-    """Refuse settings that contradict each other."""
-    if config.rank < 1 or config.scale <= 0:
-        raise ConfigError(f"{name}: rank must be at least 1 and scale above 0; found {config.rank} and {config.scale}")
-    if config.select_epochs > 0 and config.blocks < 1:
-        raise ConfigError(
-            f"{name}.blocks: expected at least 1 block to stay after the sparse phase, found {config.blocks}"
-        )
-    if config.objective.bound <= 0 or config.objective.beta < 0 or config.objective.alpha < 0:
-        raise ConfigError(
-            f"{name}.objective: bound must be above 0, beta and alpha at least 0; found {config.objective}"
-        )
-    settings = config.train
-    if settings.optim.lr <= 0 or settings.batch_size < 1:
-        raise ConfigError(
-            f"{name}.train: optim.lr must be above 0 and batch_size at least 1; found {settings.optim.lr} and "
-            f"{settings.batch_size}"
-        )
-    if settings.epochs < 1 or settings.epochs % 1 or settings.max_steps:
-        raise ConfigError(
-            f"{name}.train: expected epochs, a whole number of at least 1, and no max_steps; found {settings.epochs} "
-            f"and {settings.max_steps}"
-        )
-    for key in ("alpha_from", "select_epochs", "snap", "patience", "floor"):
-        if vars(config)[key] < 0:
-            raise ConfigError(f"{name}.{key}: expected 0 or more, found {vars(config)[key]}")
-    check_leak(config.leak, f"{name}.leak")
-
-
 def erase(
     classifier: Classifier, material: Material, name: str, earlier: Sequence[str], config: EraseConfig, job: Job
 ) -> Erased:
@@ -172,27 +82,31 @@ def erase(
     network = classifier.network
     blocks = ffn_blocks(network, placement=config.placement)
     forget, retain = View(classifier, material.forget), View(classifier, material.retain)
-    before = retain.see_all()
-    extra = leak_terms(config.leak, forget.see_all(), before, material.forget.labels, material.old)
+    before, unseen = retain.see_all(), None
+    if material.levels is not None:
+        config = replace(config, objective=plain(config.objective), leak=NO_LEAK)
+        unseen = UnseenTerms(material.levels, log_odds(before.logits, retain.images.labels))
+    labels = material.forget.labels if unseen is None else material.forget.labels[:0]
+    extra = leak_terms(config.leak, forget.see_all(), before, labels, material.old)
     means = class_means(
         torch.cat([before.features, extra.features]),
         torch.cat([material.retain.labels, material.forget.labels]),
         len(classifier.classes),
     )
     accuracy = share_right(before, retain.images.labels)
-    task = _Task(classifier, forget, retain, name, tuple(earlier), blocks, config, means, extra, accuracy)
+    task = _Task(classifier, forget, retain, name, tuple(earlier), blocks, config, means, extra, accuracy, unseen)
     outcome = _widening(task, material.task, job)
     if not outcome.linears:
         drop(network, name)
         raise GateError(
-            f"adapter {name}: nothing is left, every group of matrices ended below erase.snap ({config.snap}): "
+            f"nothing is left, every group of matrices ended below erase.snap ({config.snap}): "
             "sparsity outweighed forgetting. Lower erase.objective.alpha or erase.snap."
         )
     activate(network, [*earlier, name])
     if not outcome.figures["lost"] <= config.floor:
         drop(network, name)
         raise GateError(
-            f"adapter {name}: {outcome.figures['lost']:.1f} points of accuracy on retained training images would be "
+            f"{outcome.figures['lost']:.1f} points of accuracy on retained training images would be "
             f"lost, the floor is {config.floor}. Give more retained images, let more blocks change (erase.blocks), or "
             "raise erase.floor if that is acceptable."
         )
@@ -213,6 +127,8 @@ class _Task:
     prototypes: Tensor
     leak: LeakTerms
     base_accuracy: float
+    unseen: UnseenTerms | None
+    """Set where single images are forgotten, not whole classes."""
 
     def groups(self) -> list[list[Tensor]]:
         """Give the adapter's matrices by group, blocks without any left out."""
@@ -227,15 +143,15 @@ class _Task:
 
 
 def _widening(task: _Task, number: int, job: Job) -> Erased:
-    """Erase in few blocks; where those do not suffice, begin again with twice as many, up to all of them."""
+    """Erase in few blocks; where those cannot forget and keep, begin again with twice as many, up to all of them."""
     kept = task.config.blocks if task.config.select_epochs else len(task.blocks)
     passes, steps = 0.0, 0
     while True:
-        widest = kept >= len(task.blocks) or not task.config.patience
+        widest = kept >= len(task.blocks)
         attempt = replace(job, folder=job.folder / f"blocks-{min(kept, len(task.blocks))}")
         outcome = _attempt(replace(task, config=replace(task.config, blocks=kept)), number, attempt)
         passes, steps = passes + outcome.image_passes, steps + outcome.steps
-        if outcome.figures["enough"] or widest:
+        if _done(task, outcome.figures) or widest:
             return replace(outcome, image_passes=passes, steps=steps)
         drop(task.classifier.network, task.name)
         kept *= 2
@@ -265,21 +181,23 @@ def _norms(task: _Task) -> dict[str, float]:
 def _select(task: _Task, job: Job) -> tuple[dict[str, float], float]:
     """Train every block's part for a little, then keep the strongest; return all norms and the image passes.
 
-    Only the later half may stay, so that what comes before is computed once.
+    Without a choice nothing is trained. Only the later half may stay, so that what comes before is computed once.
     """
     config = task.config
     if not config.select_epochs or config.blocks >= len(task.blocks):
         return {}, 0.0
-    batches = task.batches(config.select_epochs, job)
-    part = replace(job, folder=job.folder / "select")
-    part.folder.mkdir(parents=True, exist_ok=True)
-    train(task.classifier, batches, _step(task, batches.epoch_steps), None, config.train, part)
-    norms = _norms(task)
     late = [block.name for block in task.blocks[len(task.blocks) // 2 :]]
-    kept = sorted(late, key=lambda name: -norms[name])[: config.blocks]
-    gone = [layer for block in task.blocks if block.name not in kept for layer in block.linears]
+    norms, passes = dict[str, float](), 0.0
+    if len(late) > config.blocks:  # else there is nothing to choose
+        batches = task.batches(config.select_epochs, job)
+        part = replace(job, folder=job.folder / "select")
+        part.folder.mkdir(parents=True, exist_ok=True)
+        train(task.classifier, batches, _step(task, batches.epoch_steps), None, config.train, part)
+        norms, passes = _norms(task), 2.0 * config.train.batch_size * len(batches)
+        late = sorted(late, key=lambda name: -norms[name])[: config.blocks]
+    gone = [layer for block in task.blocks if block.name not in late for layer in block.linears]
     prune(task.classifier.network, task.name, gone)
-    return norms, 2.0 * config.train.batch_size * len(batches)
+    return norms, passes
 
 
 def _finish(task: _Task, job: Job) -> tuple[dict[str, float], int, float]:
@@ -291,7 +209,8 @@ def _finish(task: _Task, job: Job) -> tuple[dict[str, float], int, float]:
         forget, retain = (from_block(view, task.blocks, start) for view in (task.forget, task.retain))
         task = replace(task, forget=forget, retain=retain)
     cached = task.retain.cached is not None
-    batches = task.batches(max(1, round(config.train.epochs)), job)
+    each = task.batches(1, job).epoch_steps
+    batches = task.batches(max(round(config.train.epochs), -(-config.least_steps // each)), job)
     part = replace(job, folder=job.folder / "train")
     part.folder.mkdir(parents=True, exist_ok=True)
     settings = replace(config.train, eval_every=batches.epoch_steps if config.patience else 0)
@@ -305,7 +224,6 @@ def _finish(task: _Task, job: Job) -> tuple[dict[str, float], int, float]:
         idle = [layer for layer, pair in pairs(network, task.name).items() if not all(map(torch.any, pair))]
         prune(network, task.name, idle)
         figures |= _figures(task)
-        figures[ENOUGH] *= float(_done(task, figures))
     share = (len(task.blocks) - start) / len(task.blocks) if cached else 1.0
     return figures, steps, 2.0 * config.train.batch_size * steps * share
 
@@ -319,16 +237,18 @@ def _figures(task: _Task) -> dict[str, float]:
         "retain_accuracy": kept,
         "lost": task.base_accuracy - kept,
     }
-    if task.leak.on:
+    if task.unseen is not None:
+        figures["above_unseen"] = task.unseen.above(forget.logits, task.forget.images.labels)
+    elif task.leak.on:
         labels = task.forget.images.labels, task.retain.images.labels
         figures["leak_found"] = task.leak.found(forget, labels[0], retain, labels[1])
     return figures
 
 
 def _done(task: _Task, figures: Mapping[str, float]) -> bool:
-    """Say whether all is forgotten, and enough is kept and hidden."""
-    hidden = figures.get("leak_found", 0.0) <= task.config.leak.stop
-    return figures["forget_accuracy"] == 0.0 and figures["lost"] <= ALLOWED_LOSS and hidden
+    """Say whether all is forgotten and enough is kept; of single images, whether they are as unseen ones."""
+    gone = figures["forget_accuracy"] == 0.0 if task.unseen is None else figures["above_unseen"] <= CLOSE
+    return gone and figures["lost"] <= ALLOWED_LOSS
 
 
 class _Watch:
@@ -341,7 +261,8 @@ class _Watch:
     def __call__(self, step: int) -> dict[str, float]:
         patience, figures = self._task.config.patience, _figures(self._task)
         before = first_rank(lambda: _met_before(self._folder)) if self._met is None else self._met
-        self._met = before + 1 if _done(self._task, figures) else 0
+        hidden = figures.get("leak_found", 0.0) <= self._task.config.leak.stop
+        self._met = before + 1 if hidden and _done(self._task, figures) else 0
         enough = bool(patience) and self._met >= patience
         return {**figures, "steps": float(step), "met": float(self._met), ENOUGH: float(enough)}
 
@@ -363,7 +284,9 @@ def _step(task: _Task, epoch_steps: int) -> Steps:
         on = step // epoch_steps >= config.alpha_from and config.objective.alpha > 0
         penalty = structure(task.groups()) if on else kept.logits.new_zeros(())
         terms = forget_loss(kept, gone, penalty, task.prototypes, config.objective)
-        leaks = task.leak.losses(batch.forget, gone, kept)
+        leaks = (
+            task.leak.losses(batch.forget, gone, kept) if task.unseen is None else task.unseen.losses(batch, gone, kept)
+        )
         total = terms.total + sum(leaks.values(), start=terms.total.new_zeros(()))
         shown = {name: (value, 1.0) for name, value in {**terms._asdict(), **leaks}.items() if name != "total"}
         return Loss(total, 1.0, shown, len(batch.retain) + len(batch.forget))

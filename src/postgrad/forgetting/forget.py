@@ -12,11 +12,12 @@ Without arguments: a small vision transformer learns scikit-learn's digits and s
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 from postgrad.core.config import RuntimeConfig, load_config, nearest
 from postgrad.core.distributed import first_rank
@@ -27,17 +28,21 @@ from postgrad.core.vision_models import Classifier, ClassifierConfig, save_class
 from postgrad.errors import ConfigError, DataError, GateError
 from postgrad.forgetting.base import BUILDERS, BaseConfig, fresh, train_base
 from postgrad.forgetting.baselines_table import BaselineConfig
+from postgrad.forgetting.bench import Bench, Outcome, Shown, beside, left, levels_for, relearned, scopes_of
 from postgrad.forgetting.comparison import chosen, compare
-from postgrad.forgetting.erase import PRESETS, EraseConfig, check_erase
+from postgrad.forgetting.erase_config import PRESETS, EraseConfig, check_erase
 from postgrad.forgetting.forget_report import forget_sections, summary
-from postgrad.forgetting.leakage_audit import Attacked, Audit, AuditConfig, Views, attack, audit, check_audit
+from postgrad.forgetting.leakage_audit import AuditConfig, Views, check_audit
 from postgrad.forgetting.losses import forget_loss
 from postgrad.forgetting.policy import PolicyConfig, check_policy
+from postgrad.forgetting.preview import Outlook, in_service, preview
 from postgrad.forgetting.request import ForgetRequest, read_requests, with_salt
+from postgrad.forgetting.sample_audit import Scope
 from postgrad.forgetting.schedules import TaskSplit, class_order, task_splits
 from postgrad.forgetting.service import Service
 from postgrad.forgetting.service_runs import entries_of_run
 from postgrad.forgetting.states import states
+from postgrad.forgetting.status import standing_lines
 from postgrad.forgetting.views import passes
 
 __all__ = ["LOSS", "ForgetConfig", "check", "forget_loss", "plan", "run"]
@@ -112,11 +117,29 @@ def check(config: ForgetConfig) -> None:
             f"expected model.path {' or '.join(DRAWN)}, found {config.model.path!r}. Set gold to false."
         )
     requests = read_requests(map(Path, config.requests))
-    if single := [request.id for request in requests if request.samples]:
-        raise ConfigError(f"requests: expected whole classes to forget, found single images in {single}.")
+    _check_single(config, requests)
     known = [request.id for request in requests] or [_made_id(number) for number in range(config.tasks[2])]
     if unknown := [name for name in config.revoke if name not in known]:
         raise ConfigError(f"revoke: no request {unknown} among {known}. Use `postgrad revoke` for earlier ones.")
+
+
+def _check_single(config: ForgetConfig, requests: Sequence[ForgetRequest]) -> None:
+    """Refuse what has no meaning for requests for single images."""
+    single = [request for request in requests if request.samples]
+    if mixed := [request.id for request in single if request.classes]:
+        raise ConfigError(
+            f"requests: expected classes or samples in one request, found both in {mixed}: classes are to be unknown, "
+            "single images as unseen ones are. Make two requests of it."
+        )
+    if few_ones := [request.id for request in single if request.shots]:
+        raise ConfigError(
+            f"requests: shots: single images are all forgotten; expected no shots, found some in {few_ones}."
+        )
+    if single and config.baselines:
+        raise ConfigError(
+            f"baselines: other methods forget whole classes only; found single images in "
+            f"{[request.id for request in single]}. Leave baselines empty."
+        )
 
 
 def plan(config: ForgetConfig) -> Plan:
@@ -124,14 +147,29 @@ def plan(config: ForgetConfig) -> Plan:
     check(config)
     train, test = load_images(config.data, config.runtime.seed)
     requests = requests_of(config, train)
-    splits_of(config, train, requests)
-    named = {f"request {request.id}": ", ".join(request.classes) for request in requests}
+    found, service = scopes(config, (train, test), requests), Path(config.service or _folder(config) / "service")
+    earlier = in_service(service)
     return {
         "training images": len(train), "test images": len(test), "classes": len(train.classes),
-        "images to work with": len(working(config, train)), **named,
+        "images to work with": len(working(config, train)), **(standing_lines(service) if earlier else {}),
+        **preview(_outlook(config, train), requests, found, earlier),
         "models trained": 1 * (config.model.path in DRAWN) + config.gold * len(requests),
         "baselines": len(chosen(config.baselines)),
     }  # fmt: skip
+
+
+def _folder(config: ForgetConfig) -> Path:
+    return Path(config.runtime.folder or "runs/forget")
+
+
+def _outlook(config: ForgetConfig, train: ImageSet) -> Outlook:
+    """Load the base where it is trained already, else draw it."""
+    job = Job("forget", _folder(config), config.runtime.seed, torch.device("cpu"), torch.float32, 0, 1, True)
+    made = job.folder / "base" / "model"
+    there = config.model.path not in DRAWN or made.is_dir()
+    model = replace(config.model, path=str(made)) if config.model.path in DRAWN and there else config.model
+    classifier = fresh(model, train.classes, train, job).eval()
+    return Outlook(train, working(config, train), classifier, there, erasing(config), limits(config).few_shot_min)
 
 
 def limits(config: ForgetConfig) -> PolicyConfig:
@@ -193,14 +231,12 @@ def _place(name: str, request: ForgetRequest, classes: Sequence[str]) -> int:
     return classes.index(name)
 
 
-def classes_before(service: Service, requests: Sequence[ForgetRequest], job: Job) -> tuple[int, ...]:
-    """List the classes that earlier runs on a service have forgotten, as it was when this run came to it."""
+def requests_before(service: Service, requests: Sequence[ForgetRequest], job: Job) -> list[ForgetRequest]:
+    """List the requests in use, or baked, of earlier runs on a service, as it was when this run came to it."""
     num_mine = len(first_rank(lambda: entries_of_run(service.folder, job)))
     found = states(service.ledger.entries()[: -num_mine or None])
     mine = [request.id for request in requests]
-    earlier = [name for name, state in found.items() if state != "revoked" and name not in mine]
-    names = {name for each in earlier for name in service.request(each).classes}
-    return tuple(label for label, name in enumerate(service.classifier.classes) if name in names)
+    return [service.request(name) for name, state in found.items() if state != "revoked" and name not in mine]
 
 
 def working(config: ForgetConfig, images: ImageSet) -> ImageSet:
@@ -221,69 +257,57 @@ def base_of(config: ForgetConfig, images: ImageSet, job: Job) -> tuple[Classifie
     return classifier.eval(), "base/model"
 
 
+def gold_models(
+    config: ForgetConfig, images: tuple[ImageSet, ImageSet], scopes: Sequence[Scope], job: Job
+) -> Iterator[Classifier]:
+    """Train gold for each request, from the same first weights on what is left."""
+    for number, scope in enumerate(scopes, 1) if config.gold else ():
+        part = replace(job, folder=job.folder / f"gold-{number}")
+        classifier = fresh(config.model, images[0].classes, images[0], job)
+        train_base(classifier, left(images[0], scope), config.base, part)
+        yield classifier
+
+
 def gold_views(
     config: ForgetConfig, images: tuple[ImageSet, ImageSet], splits: Sequence[TaskSplit], job: Job
 ) -> list[Views]:
-    """Train gold for each request, from the same first weights on what is left; show it all images."""
-    found = []
-    for number, split in enumerate(splits, 1) if config.gold else ():
-        part = replace(job, folder=job.folder / f"gold-{number}")
-        classifier = fresh(config.model, images[0].classes, images[0], job)
-        train_base(classifier, images[0].of_classes(split.remain), config.base, part)
-        found.append(passes(classifier, images))
-    return found
+    """Train gold for each request for classes; show it all images."""
+    return [passes(model, images) for model in gold_models(config, images, [Scope(each) for each in splits], job)]
 
 
-@dataclass(frozen=True, eq=False)
-class Bench:
-    """What every model of a run is measured with."""
+def scopes(
+    config: ForgetConfig,
+    images: tuple[ImageSet, ImageSet],
+    requests: Sequence[ForgetRequest],
+    earlier: Sequence[ForgetRequest] = (),
+) -> list[Scope]:
+    """Say of each request which classes and images it is about.
 
-    config: ForgetConfig
-    images: tuple[ImageSet, ImageSet]
-    requests: Sequence[ForgetRequest]
-    splits: Sequence[TaskSplit]
-    base: Views
-    gold: Sequence[Views]
-
-    @cached_property
-    def references(self) -> list[tuple[Attacked, Attacked | None]]:
-        """Attack the base and gold, request by request."""
-        return [
-            (
-                attack(self.base, split, self.config.audit),
-                attack(self.gold[number], split, self.config.audit) if self.gold else None,
-            )
-            for number, split in enumerate(self.splits)
-        ]
-
-    def measure(self, name: str, classifier: Classifier, number: int) -> Audit:
-        """Audit a classifier after a request."""
-        base, gold = self.references[number]
-        split = self.splits[number]
-        return audit(name, attack(passes(classifier, self.images), split, self.config.audit), base, gold, split)
-
-    def reference(self, name: str, number: int) -> Audit:
-        """Audit the base or gold."""
-        base, gold = self.references[number]
-        found = base if name == "base" else gold
-        assert found is not None, "gold is asked for where it was trained"
-        return audit(name, found, base, gold, self.splits[number])
+    Args:   earlier: requests of runs before on the same service.
+    Raises: as `splits_of` and `scopes_of`.
+    """
+    names = {name for each in earlier for name in each.classes}
+    before = [label for label, name in enumerate(images[0].classes) if name in names]
+    return scopes_of(requests, splits_of(config, images[0], requests, before), images, earlier)
 
 
-def serve(bench: Bench, service: Service, job: Job) -> list[Audit]:
+def serve(bench: Bench, service: Service, config: ForgetConfig, job: Job) -> list[Outcome]:
     """Apply the requests that were not applied yet; audit after each, in either case."""
-    config, audits = bench.config, list[Audit]()
-    few_images = working(config, bench.images[0])
+    (train, test), audits = bench.images, list[Outcome]()
+    few_images = working(config, train)
     before = service.earlier([request.id for request in bench.requests])
     for number, request in enumerate(bench.requests):
 
         def figures(number: int = number) -> Mapping[str, float]:
-            audits.append(bench.measure(config.preset, service.classifier, number))
+            audits.append(bench.outcome(config.preset, service.classifier, number))
             return audits[-1].figures()
 
         if service.carried_out(request) is None:
-            split = bench.splits[number]
-            material = replace(service.material(request, few_images, split.missing), old=split.old)
+            scope = bench.scopes[number]
+            material = service.material(request, beside(few_images, train, scope), scope.split.missing)
+            if scope.rows:
+                service.show(service.active)
+                material = replace(material, levels=levels_for(service.classifier, material.forget, test))
             part = replace(job, folder=job.folder / "requests" / request.id)
             service.apply(request, material, (erasing(config), limits(config)), part, figures)
         else:
@@ -298,29 +322,31 @@ def run(config: ForgetConfig) -> Report:
     if report := finished(job):
         return _judged(config, report)
     train, test = (images.to(job.device) for images in load_images(config.data, job.seed))
-    requests = requests_of(config, train)
-    splits_of(config, train, requests)  # refuses before anything is trained
+    images, requests = (train, test), requests_of(config, train)
+    scopes(config, images, requests)  # refuses before anything is trained
     classifier, name = base_of(config, train, job)
-    images, untouched = (train, test), copy.deepcopy(classifier)
-    seen = passes(classifier, images)
+    untouched = copy.deepcopy(classifier)
     with Service.open(Path(config.service) if config.service else job.folder / "service", classifier, name) as service:
-        before = classes_before(service, requests, job)
-        if before and config.baselines:
+        earlier = requests_before(service, requests, job)
+        if earlier and config.baselines:
             raise ConfigError(
                 f"baselines: expected a service without requests of earlier runs, since other methods begin at the "
-                f"base; found {list(service.earlier([each.id for each in requests]))} in {service.folder}."
+                f"base; found {[each.id for each in earlier]} in {service.folder}."
             )
-        splits = splits_of(config, train, requests, before)
-        bench = Bench(config, images, requests, splits, seen, gold_views(config, images, splits, job))
-        audits = serve(bench, service, job)
+        found = scopes(config, images, requests, earlier)
+        gold = [
+            Shown(passes(model, images), relearned(model, images, scope, config.audit.relearn, job.seed))
+            for model, scope in zip(gold_models(config, images, found, job), found, strict=bool(config.gold))
+        ]
+        bench = Bench(config.audit, images, requests, found, untouched, gold, job.seed)
+        audits = serve(bench, service, config, job)
         others = compare(config.baselines, untouched, bench, working(config, train), job, config.baseline)
         service.show(service.active)
         for request in config.revoke or (() if config.requests else tuple(each.id for each in requests[1:2])):
             if request in service.active:
                 service.revoke(request, test)
-        last = len(requests) - 1
-        references = [bench.reference("base", last), *([bench.reference("gold", last)] if config.gold else [])]
-        sections = forget_sections(service, audits, others, references)
+        names = [request.id for request in requests]
+        sections = forget_sections(service, audits, others, *bench.references_of(audits), names=names)
         report = Report("forget", job.folder, summary(audits, service), sections)
     return _judged(config, finish(job, report))
 

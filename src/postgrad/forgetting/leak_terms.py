@@ -39,8 +39,8 @@ class LeakConfig:
     """Lower what a ridge regression finds of the classes."""
     temperature: float = 0.03
     """Cosine over which a neighbour's weight falls to a third: small asks for the very nearest."""
-    stop: float = 40.0
-    """Training may end once neighbours find at most so many per cent of the forgotten training images."""
+    stop: float = 60.0
+    """With patience, training ends once neighbours find at most so many per cent of the forgotten training images."""
 
 
 def check_leak(config: LeakConfig, name: str = "leak") -> None:

@@ -6,6 +6,7 @@ those of the original model and of gold, the model retrained without the forgott
 Letters: N bank samples, T test samples, Q forgotten test samples, K classes.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,7 +44,7 @@ from postgrad.forgetting.membership import (
     svc_attacks,
 )
 from postgrad.forgetting.metrics import AccTable, ClassDrop, acc_table, class_accuracy, worst_drops
-from postgrad.forgetting.relearn import Relearned, relearn_ratio
+from postgrad.forgetting.relearn import RelearnConfig, Relearned, check_relearn, relearn_ratio
 from postgrad.forgetting.schedules import TaskSplit
 
 CURVE_NEIGHBOURS = (1, 2, 5, 10, 20, 50, 100)
@@ -62,6 +63,8 @@ class AuditConfig:
     """Also train the support vector membership attacks."""
     published_entropy: bool = False
     """Also attack with the modified entropy as SalUn's code has it."""
+    relearn: RelearnConfig = RelearnConfig(steps=40, test_every=2)
+    """How the forgotten classes are taught again, to see how fast they come back; steps 0 = not at all."""
 
 
 class Views(NamedTuple):
@@ -248,6 +251,8 @@ def check_audit(config: AuditConfig) -> None:
         raise ConfigError(f"neighbours: expected 1 or more, found {config.neighbours}. Mend the audit.")
     if config.penalty <= 0:
         raise ConfigError(f"penalty: expected above 0, found {config.penalty:g}. Mend the audit.")
+    if config.relearn.steps:
+        check_relearn(config.relearn)
 
 
 def _svc(views: Views, split: TaskSplit, config: AuditConfig) -> dict[str, Attack]:
@@ -264,11 +269,11 @@ def _width(found: Attacked) -> int:
 
 
 def _spread(found: Mapping[str, float | Interval | None]) -> dict[str, float]:
-    """Write intervals as value, _low and _high; leave out what is missing."""
+    """Write intervals as value, _low and _high; leave out what is missing or no number."""
     flat: dict[str, float] = {}
     for name, value in found.items():
         if isinstance(value, Interval):
             flat |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
         elif value is not None:
             flat[name] = value
-    return flat
+    return {name: value for name, value in flat.items() if math.isfinite(value)}

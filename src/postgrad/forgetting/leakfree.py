@@ -24,7 +24,7 @@ def gold_proxy_logits(logits: Float[Tensor, "B K"], forgotten: Sequence[int]) ->
 
     It is what a head without their rows answers, the nearest guess at gold's answer that needs no retraining.
     """
-    rows = torch.tensor(sorted(set(forgotten)), device=logits.device)
+    rows = torch.tensor(sorted(set(forgotten)), dtype=torch.int64, device=logits.device)
     if len(rows) >= logits.shape[1]:
         raise DataError(f"Gold proxy: expected retained classes, found all {logits.shape[1]} forgotten; leave some.")
     return logits.index_fill(1, rows, -math.inf)

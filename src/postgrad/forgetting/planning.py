@@ -178,7 +178,8 @@ def _warnings(plan: Plan) -> Iterable[tuple[str, str]]:
         listed = "; ".join(f"{each.what} (request '{each.request}')" for each in plan.overlap[:NUM_NEIGHBOURS])
         more = f"; {len(plan.overlap) - NUM_NEIGHBOURS} more" if len(plan.overlap) > NUM_NEIGHBOURS else ""
         yield "Forgotten before", f"{listed}{more}. The request will be refused."
-    risky = [(g.name, n) for g in plan.groups for n in g.neighbours if n.confusion >= RISK_HIGH]
+    # of some images of a class the others are near by nature
+    risky = [(g.name, n) for g in plan.groups for n in g.neighbours if n.confusion >= RISK_HIGH and n.name != g.name]
     if risky:
         pairs = ", ".join(f"'{name}' and '{n.name}' ({100 * n.confusion:.0f} %)" for name, n in risky)
         yield "Near neighbours", f"Easily confused: {pairs}. Look at these classes' accuracy afterwards."

@@ -13,6 +13,11 @@ from postgrad.errors import ConfigError
 Outcome = Literal["met", "failed", "not measured"]
 JUDGED = ("acc_f", "acc_r", "acc_r_pretrained", "acc_o", "mia_auc", "knn_excess", "probe_excess")
 """Figures of the model that a policy looks at."""
+SINGLE = "num_single_images"
+"""A figure that only requests for single images have. A model that never saw an image may name it rightly, too: they
+are judged by how far they are above such a model."""
+LATER = ("acc_excess_max", "mia_excess_max")
+"""Limits that ledgers may lack: those written before single images could be forgotten."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +36,19 @@ class PolicyConfig:
     """Points that neighbours in feature space find above a model that never saw the data."""
     probe_excess_max: float = 10.0
     """Points that a linear probe finds above a model that never saw the data."""
+    acc_excess_max: float = 10.0
+    """Single images: points that their accuracy may lie above that of a model that never saw them or, without one, of
+    unseen images of their classes."""
+    mia_excess_max: float = 0.15
+    """Single images: how far the membership attack on their loss may be, on either side, from what it finds on a model
+    that never saw them or, without one, from 0.5."""
     max_blocks: int = 0
     """Most blocks that may be changed; 0 = any number."""
     few_shot_min: int = 4
     """Fewest images of a class to work with; 0 = any number."""
+
+
+_AREAS = (("mia_auc_band", 0.5), ("mia_excess_max", 1.0))
 
 
 class Verdict(NamedTuple):
@@ -58,11 +72,11 @@ def check_policy(policy: PolicyConfig) -> None:
 
     Raises:  ConfigError: a limit out of its range.
     """
-    for name, high in (("acc_f_max", 100.0), ("acc_o_max", 100.0), ("acc_r_min_drop", 100.0), ("mia_auc_band", 0.5)):
+    for name, high in (("acc_f_max", 100.0), ("acc_o_max", 100.0), ("acc_r_min_drop", 100.0), *_AREAS):
         value = float(vars(policy)[name])
         if not 0 <= value <= high:
             raise ConfigError(f"{name}: expected 0 to {high:g}, found {value:g}. Mend the policy.")
-    for name in ("knn_excess_max", "probe_excess_max"):
+    for name in ("knn_excess_max", "probe_excess_max", "acc_excess_max"):
         value = float(vars(policy)[name])
         if not -100 <= value <= 100:
             raise ConfigError(f"{name}: expected -100 to 100 points, found {value:g}. Mend the policy.")
@@ -82,7 +96,7 @@ def read_limits(limits: Mapping[str, float]) -> PolicyConfig:
     Raises:  ConfigError: the names are not those of a policy.
     """
     known = vars(PolicyConfig())
-    if limits.keys() != known.keys():
+    if not known.keys() - {*LATER} <= limits.keys() <= known.keys():
         raise ConfigError(f"expected the limits {', '.join(known)}; found {', '.join(limits)}")
     typed = {name: type(known[name])(value) for name, value in limits.items()}
     return PolicyConfig(**typed)
@@ -92,30 +106,49 @@ def judge(policy: PolicyConfig, metrics: Mapping[str, float]) -> list[Verdict]:
     """Hold what was measured against the limits.
 
     Args:  metrics: acc_f, acc_r, acc_r_pretrained, acc_o, mia_auc, knn_excess, probe_excess, num_changed_blocks,
-           min_shots (fewest images of a class that were used), num_earlier (requests in use before this one).
+           min_shots (fewest images of a class that were used), num_earlier (requests in use before this one),
+           num_old_classes (that those forgot); of single images acc_excess, mia_excess and SINGLE; of detectors ap_f,
+           ap_r, ap_r_pretrained, ap_o for accuracies.
     """
-    get = metrics.get
-    kept, before, auc = get("acc_r"), get("acc_r_pretrained"), get("mia_auc")
+    get, single = _with_precision(metrics).get, SINGLE in metrics
+    kept, before = get("acc_r"), get("acc_r_pretrained")
     drop = None if kept is None or before is None else before - kept
-    verdicts = [
-        _at_most("acc_f_max", policy.acc_f_max, get("acc_f")),
-        _at_most("acc_r_min_drop", policy.acc_r_min_drop, drop),
-    ]
-    if get("num_earlier") != 0:
+    verdicts = [] if single else [_at_most("acc_f_max", policy.acc_f_max, get("acc_f"))]
+    verdicts.append(_at_most("acc_r_min_drop", policy.acc_r_min_drop, drop))
+    if get("num_earlier") != 0 and get("num_old_classes") != 0:
         verdicts.append(_at_most("acc_o_max", policy.acc_o_max, get("acc_o")))
-    away = None if auc is None else abs(auc - 0.5)
-    verdicts += [
-        _at_most("mia_auc_band", policy.mia_auc_band, away),
-        _at_most("knn_excess_max", policy.knn_excess_max, get("knn_excess")),
-        _at_most("probe_excess_max", policy.probe_excess_max, get("probe_excess")),
-    ]
+    verdicts += _single(policy, metrics) if single else _whole(policy, metrics)
     if policy.max_blocks:
         verdicts.append(_at_most("max_blocks", policy.max_blocks, get("num_changed_blocks")))
-    if policy.few_shot_min:
+    if policy.few_shot_min and not single:
         shots = get("min_shots")
         passed = shots is not None and shots >= policy.few_shot_min
         verdicts.append(Verdict("few_shot_min", policy.few_shot_min, shots, passed))
     return verdicts
+
+
+def _with_precision(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Let a detector's average precision stand for accuracy."""
+    return {**{f"acc_{name[3:]}": value for name, value in metrics.items() if name.startswith("ap_")}, **metrics}
+
+
+def _whole(policy: PolicyConfig, metrics: Mapping[str, float]) -> list[Verdict]:
+    """Judge what is still found of whole classes."""
+    auc = metrics.get("mia_auc")
+    return [
+        _at_most("mia_auc_band", policy.mia_auc_band, None if auc is None else abs(auc - 0.5)),
+        _at_most("knn_excess_max", policy.knn_excess_max, metrics.get("knn_excess")),
+        _at_most("probe_excess_max", policy.probe_excess_max, metrics.get("probe_excess")),
+    ]
+
+
+def _single(policy: PolicyConfig, metrics: Mapping[str, float]) -> list[Verdict]:
+    """Judge what is still found of single images."""
+    apart = metrics.get("mia_excess")
+    return [
+        _at_most("acc_excess_max", policy.acc_excess_max, metrics.get("acc_excess")),
+        _at_most("mia_excess_max", policy.mia_excess_max, None if apart is None else abs(apart)),
+    ]
 
 
 def passes(verdicts: Iterable[Verdict]) -> bool:

@@ -1,7 +1,8 @@
 """Once the adapters sit in late blocks only, what comes before them is computed once a image and kept.
 
 The input of block k, the first with an adapter that trains, is the same in every step: it is stored for all images, and
-each step starts there. Exact: same logits, same gradients; with k = 11 of 12 blocks a step costs a twelfth.
+each step starts there. Exact: same logits, same gradients; with k = 11 of 12 blocks a step costs a twelfth. Where the
+head reads the first token alone, the last feed-forward part is computed for that token alone, which is exact, too.
 
 Differs:   a cache is bound to its prefix by a hash over the weights and the active adapters there, because revoking an
            earlier request's adapter below block k makes it wrong. Dropout before block k is off.
@@ -24,6 +25,8 @@ from postgrad.forgetting.blocks import Block
 
 PROBED = 2
 """Images on which a network is asked whether it can be resumed."""
+FIRST_TOKEN_ERROR = 1e-5
+"""Share of the output's norm that rounding may change where other tokens are not computed."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class PrefixCache:
     """Of the prefix they were computed with."""
     tuple_size: int
     """What a block returns: 0 for a tensor, else a tuple of so many with the tensor first."""
+    first_only: str = ""
+    """The last block's feed-forward part, if it need compute the first token alone; "" = all of them."""
 
     def rows(self, index: Int[Tensor, " B"]) -> "PrefixCache":
         """Take the images of a batch."""
@@ -144,7 +149,56 @@ def resumed(network: nn.Module, blocks: Sequence[Block], k: int, cached: PrefixC
 
     with _passing(modules[:k], cached.tuple_size), ExitStack() as stack:
         stack.callback(modules[k].register_forward_pre_hook(enter, with_kwargs=True).remove)
+        if cached.first_only:
+            stack.enter_context(_first_token(network.get_submodule(cached.first_only)))
         yield
+
+
+@torch.no_grad()
+def shortened(
+    network: nn.Module,
+    blocks: Sequence[Block],
+    cached: PrefixCache,
+    forward: Callable[[Tensor], Float[Tensor, "B ..."]],
+    images: Shaped[Tensor, "B ..."],
+) -> PrefixCache:
+    """Let passes from a cache compute the last feed-forward part for the first token alone, if nobody can tell.
+
+    Args:    images: some of those the cache begins with.   forward: what a model makes of them, all that anyone reads.
+    Returns: the cache as it was, where the output would be another, as with pooling over tokens.
+    """
+    last = [layer.split(".") for layer in blocks[-1].linears]
+    shared = next((i for i, parts in enumerate(zip(*last, strict=False)) if len(set(parts)) > 1), 0)
+    trial = replace(cached, first_only=".".join(last[0][:shared]))
+    if cached.states.ndim != 3 or not trial.first_only.startswith(f"{blocks[-1].name}."):
+        return cached
+    rows = replace(trial, states=trial.states[: len(images)])
+    with _evaluating(network):
+        whole = forward(images)
+        with resumed(network, blocks, cached.k, rows):
+            short = forward(images)
+    same = (whole - short).norm() <= FIRST_TOKEN_ERROR * whole.norm()
+    return trial if same else cached
+
+
+@contextmanager
+def _first_token(module: nn.Module) -> Iterator[None]:
+    """Have a feed-forward part compute the first token alone, and give the others that token's output."""
+    own, attributes = module.forward, vars(module)
+    before = attributes.get("forward")
+
+    def first(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = own(hidden[:, :1], *args, **kwargs)
+        return found.expand(-1, hidden.shape[1], -1) if isinstance(found, Tensor) else found  # attention: not the same
+
+    try:
+        attributes["forward"] = first
+        yield
+    finally:
+        if before is None:
+            del attributes["forward"]
+        else:
+            attributes["forward"] = before
 
 
 def _check_place(network: nn.Module, blocks: Sequence[Block], k: int) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from postgrad.core.config import RuntimeConfig
 from postgrad.core.distributed import first_rank
 from postgrad.core.report import Cell, Note, Report, Section, Table
-from postgrad.core.runtime import finish, finished, progress, start, stop_on_signals, stop_requested
+from postgrad.core.runtime import Job, finish, finished, progress, start, stop_on_signals, stop_requested
 from postgrad.core.vision import ImagesConfig, ImageSet, check_images
 from postgrad.core.vision_models import ClassifierConfig
 from postgrad.errors import ArtefactError, ConfigError, GateError, Interrupted
@@ -32,10 +32,12 @@ from postgrad.forgetting.service_runs import (
     check_service,
     entries_of_run,
     in_use,
+    is_of_texts,
     load_base,
     seed_of,
     workplace,
 )
+from postgrad.forgetting.text_service import load_text_base, revoke_texts, text_service
 
 LOSS = None
 Plan = dict[str, str | int | float]
@@ -96,6 +98,9 @@ def run(config: RevokeConfig) -> Report:
     entries, images = Ledger(folder).entries(), ServiceImages(config.data, folder, job)
     check_requests(config.requests, entries, done)
     with stop_on_signals(), progress(job, 1 + len(config.requests), "revoked") as bar:
+        if is_of_texts(folder):
+            _revoke_texts(config, folder, done, job, bar)
+            return _report(config, folder, job)
         shown = {request: images.of(seed_of(entries, request)) for request in config.requests}
         classifier = load_base(config.model, folder, job, next(iter(shown.values())))
         bar.advance()
@@ -103,6 +108,24 @@ def run(config: RevokeConfig) -> Report:
             for request in config.requests:
                 _revoke(service, request, shown[request], done)
                 bar.advance()
+    return _report(config, folder, job)
+
+
+def _revoke_texts(config: RevokeConfig, folder: Path, done: Sequence[str], job: Job, bar: progress) -> None:
+    """Revoke requests to a language model."""
+    model = load_text_base(config.model.path, job)
+    bar.advance()
+    with text_service(folder, model, config.model.path).open() as service:
+        for request in config.requests:
+            if stop_requested():
+                raise Interrupted("Stopped; what was revoked is in the ledger.")
+            if request not in done:
+                revoke_texts(service, request)
+            bar.advance()
+
+
+def _report(config: RevokeConfig, folder: Path, job: Job) -> Report:
+    """Report from the ledger."""
     entries = Ledger(folder).entries()
     found = [body for body in revocations(entries) if body.request in config.requests]
     results: dict[str, Cell] = {

@@ -24,15 +24,16 @@ from postgrad.core.layer_adapters import activate, adapter_names, drop, import_a
 from postgrad.core.runtime import Job
 from postgrad.core.vision import ImageSet, few
 from postgrad.core.vision_models import Classifier, classifier_hash, save_classifier
-from postgrad.errors import ArtefactError
+from postgrad.errors import ArtefactError, GateError
 from postgrad.forgetting.base_record import install_record, prepare_record
 from postgrad.forgetting.blocks import ffn_blocks
 from postgrad.forgetting.certificate import write_certificate
+from postgrad.forgetting.deletion import purge_files
 from postgrad.forgetting.entries import ApplyBody, BakeBody, Body, Entry, RevokeBody, digest
-from postgrad.forgetting.erase import EraseConfig, Erased, Material, erase
+from postgrad.forgetting.erase import Erased, Material, erase
+from postgrad.forgetting.erase_config import EraseConfig
 from postgrad.forgetting.ledger import Ledger, current_base, states
 from postgrad.forgetting.policy import PolicyConfig, policy_limits
-from postgrad.forgetting.purge import purge_files
 from postgrad.forgetting.request import (
     ForgetRequest,
     class_prints,
@@ -51,6 +52,7 @@ from postgrad.forgetting.service_parts import (
     baked,
     check_adapter,
     check_base,
+    counts,
     differences,
     enter,
     first_body,
@@ -182,7 +184,7 @@ class Service:
         retain = retain.of_classes([label for label in targets.retained if label not in missing])
         if request.shots:
             forget, retain = few(forget, request.shots, 0), few(retain, request.shots, 0)
-        return Material(forget, retain, len(earlier))
+        return Material(forget, retain, len(earlier), tuple(sorted(self._labels(self.forgotten))))
 
     def apply(
         self, request: ForgetRequest, material: Material, configs: tuple[EraseConfig, PolicyConfig], job: Job,
@@ -196,6 +198,7 @@ class Service:
         Raises: GateError: the request cannot be carried out within its floor; ArtefactError: its id was used before.
         """
         self._check_current()
+        assert not request.samples or material.levels is not None, "single images are forgotten down to a level"
         if state := states(self.ledger.entries()).get(request.id):
             raise ArtefactError(
                 f"request {request.id!r} was applied before and is {state}. Give the new request an id of its own."
@@ -206,15 +209,17 @@ class Service:
         earlier = [adapter_name(each) for each in self.active]
         try:
             erased = erase(self.classifier, material, name, earlier, configs[0], job)
-            first_rank(lambda: write_adapter(place, self.classifier, request, self.base_name))
+            first_rank(lambda: write_adapter(place, self.classifier.network, request, self.base_name))
             # what is measured is what was written
             drop(network, name)
             import_adapter(network, place, name)
             activate(network, [*earlier, name])
             body = self._body(request, material, erased, configs, job, figures())
             entry = self._enter(body)
-        except Exception:
+        except Exception as error:
             self._load()
+            if isinstance(error, GateError):
+                raise GateError(f"request {request.id!r}: {error}") from error
             raise
         self._certify(body, entry)
         return entry
@@ -241,11 +246,10 @@ class Service:
             self.show(left)
             exact = torch.equal(now, answers(self.classifier, images))
             self._hashes()  # the base is what it was
-            base_hash = current_base(self.ledger.entries()).base_hash
             return self._enter(
                 RevokeBody(
-                    request=request, base_hash=base_hash, bit_exact=exact, code_version=__version__,
-                    metrics=accuracies(now, images, groups),
+                    request=request, base_hash=current_base(self.ledger.entries()).base_hash, bit_exact=exact,
+                    code_version=__version__, metrics=accuracies(now, images, groups),
                 )
             )  # fmt: skip
         except Exception:
@@ -320,7 +324,8 @@ class Service:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._let_go = weakref.finalize(self, hold(self.folder))
         if not self.ledger.entries():
-            enter(self.ledger, first_body(self.folder, self.base_name, self.classifier))
+            made = self.classifier
+            enter(self.ledger, first_body(self.folder, self.base_name, classifier_hash(made), made.classes))
 
     def _load(self) -> None:
         """Bring folder and classifier to what the ledger says, whatever a stopped process or a failed call left."""
@@ -382,11 +387,7 @@ class Service:
         identical = self._identical(tensors)
         blocks = ffn_blocks(self.classifier.network, placement=config.placement)
         changed = tuple(block.name for block in blocks if set(block.linears) & set(erased.linears))
-        num_changed, shots = float(len(changed)), torch.bincount(material.forget.labels)
-        counts = {
-            "num_changed_blocks": num_changed, "num_earlier": float(material.task), "steps": float(erased.steps),
-            "image_passes": erased.image_passes, "min_shots": float(shots[shots > 0].min()),
-        }  # fmt: skip
+        figures = {**metrics, **counts(len(changed), material, erased)}
         return ApplyBody(
             request=request.id, request_hash=request_hash(request), class_prints=class_prints(request),
             num_samples=len(request.samples), num_forget=len(material.forget), num_retain=len(material.retain),
@@ -395,6 +396,6 @@ class Service:
             hardware=str(job.device), base_name=self.base_name,
             base_hash=current_base(self.ledger.entries()).base_hash, num_blocks=len(blocks), blocks=changed,
             tensors=tensors, num_identical=len(identical), identical_hash=digest(identical),
-            adapter_files=hash_files(self.folder / "adapters" / request.id), metrics={**metrics, **counts},
+            adapter_files=hash_files(self.folder / "adapters" / request.id), metrics=figures,
             policy=policy_limits(policy),
         )  # fmt: skip

@@ -10,19 +10,21 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from postgrad import __version__
 from postgrad.core.files import atomic_path, remove
 from postgrad.core.layer_adapters import adapter_names, bake, drop, export_adapter
 from postgrad.core.vision import ImageSet
-from postgrad.core.vision_models import Classifier, classifier_hash
+from postgrad.core.vision_models import Classifier
 from postgrad.errors import ArtefactError
 from postgrad.forgetting.base_record import mend_record, read_name
+from postgrad.forgetting.deletion import forget_note
 from postgrad.forgetting.entries import ApplyBody, BaseBody, Body, Entry, digest
+from postgrad.forgetting.erase import Erased, Material
 from postgrad.forgetting.ledger import HEAD, Ledger, current_base, states, write_base
 from postgrad.forgetting.metrics import accuracy
-from postgrad.forgetting.purge import forget_note
+from postgrad.forgetting.policy import SINGLE
 from postgrad.forgetting.request import ForgetRequest, write_request
 from postgrad.forgetting.signature import VARIABLE, sign_file
 from postgrad.forgetting.verification import hash_files
@@ -51,13 +53,15 @@ def mend(folder: Path, entries: Sequence[Entry]) -> None:
             remove(path)
 
 
-def first_body(folder: Path, name: str, classifier: Classifier) -> BaseBody:
-    """Write base.json for a service that begins, and give the body of its first entry."""
-    hashes = classifier_hash(classifier)
-    base = write_base(folder, name, hashes, classifier.classes)
+def first_body(folder: Path, name: str, hashes: Mapping[str, str], classes: Sequence[str]) -> BaseBody:
+    """Write base.json for a service that begins, and give the body of its first entry.
+
+    Args: hashes: of the base's tensors by name. classes: none = it is a language model.
+    """
+    base = write_base(folder, name, hashes, classes)
     return BaseBody(
         name=name, base_hash=base.base_hash, record_hash=base.record_hash, num_tensors=len(hashes),
-        num_classes=len(classifier.classes), code_version=__version__,
+        num_classes=len(classes), code_version=__version__,
     )  # fmt: skip
 
 
@@ -105,13 +109,24 @@ def check_adapter(folder: Path, entries: Sequence[Entry], request: str) -> None:
             )
 
 
-def write_adapter(place: Path, classifier: Classifier, request: ForgetRequest, base: str) -> None:
+def write_adapter(place: Path, network: nn.Module, request: ForgetRequest, base: str) -> None:
     """Write a request's folder: its adapter as peft does, and the request itself."""
     place.parent.mkdir(exist_ok=True)
     with atomic_path(place) as temporary:
-        export_adapter(classifier.network, adapter_name(request.id), temporary, base=base)
+        export_adapter(network, adapter_name(request.id), temporary, base=base)
         write_request(temporary / "request.json", request)
         remove(place)
+
+
+def counts(num_changed: int, material: Material, erased: Erased) -> dict[str, float]:
+    """Count what a request worked with, as its entry records it."""
+    shots = torch.bincount(material.forget.labels)
+    single = {} if material.levels is None else {SINGLE: float(len(material.forget))}
+    return {
+        "num_changed_blocks": float(num_changed), "num_earlier": float(material.task), "steps": float(erased.steps),
+        "image_passes": erased.image_passes, "min_shots": float(shots[shots > 0].min()),
+        "num_old_classes": float(len(material.old)), **single,
+    }  # fmt: skip
 
 
 def baked(classifier: Classifier, names: Sequence[str]) -> Classifier:

@@ -26,15 +26,28 @@ def check_service(folder: str, model: ClassifierConfig) -> None:
 
     Raises: ConfigError: no ledger, or a model that is drawn anew each time.
     """
-    if not (Path(folder) / LEDGER).is_file():
-        raise ConfigError(
-            f"service: expected a service folder with {LEDGER}, found none in {folder!r}. `postgrad forget` makes one."
-        )
+    check_folder(folder)
     if model.path in ("tiny", *BUILDERS):
         raise ConfigError(
             f"model.path: expected the service's trained base, found {model.path!r}, which is drawn anew. Give its "
             f"folder, such as {BASE_MODEL}."
         )
+
+
+def check_folder(folder: str) -> None:
+    """Refuse what cannot be a service.
+
+    Raises: ConfigError: no ledger.
+    """
+    if not (Path(folder) / LEDGER).is_file():
+        raise ConfigError(
+            f"service: expected a service folder with {LEDGER}, found none in {folder!r}. `postgrad forget` makes one."
+        )
+
+
+def is_of_texts(folder: Path) -> bool:
+    """Say whether a service is a language model's: its base has no classes."""
+    return not read_classes(folder)
 
 
 def workplace(service: str, rehearse: bool, job: Job) -> Path:
@@ -88,25 +101,29 @@ def load_base(model: ClassifierConfig, folder: Path, job: Job, images: ImageSet 
 
 
 class ServiceImages:
-    """The test images that a service's figures were measured on: which these are may depend on the run's seed."""
+    """The images that a service's figures were measured on: which are test images may depend on the run's seed."""
 
     def __init__(self, config: ImagesConfig, folder: Path, job: Job) -> None:
         self._config, self._classes, self._job = config, read_classes(folder), job
-        self._loaded: dict[int, ImageSet] = {}
+        self._loaded: dict[int, tuple[ImageSet, ImageSet]] = {}
 
     def of(self, seed: int) -> ImageSet:
-        """Load those of a run.
+        """Load the test images of a run.
 
         Raises: DataError: there are none, or of other classes than the service's.
         """
+        return self.both(seed)[1]
+
+    def both(self, seed: int) -> tuple[ImageSet, ImageSet]:
+        """Load the training and the test images of a run; raises as `of`."""
         if seed not in self._loaded:
-            images = load_images(self._config, seed)[1].to(self._job.device)
+            train, images = (part.to(self._job.device) for part in load_images(self._config, seed))
             if images.classes != self._classes or not len(images):
                 raise DataError(
                     f"{self._config.path}: expected test images of the service's classes, {_few(self._classes)}; found "
                     f"{len(images)} of {_few(images.classes)}. Give the data that the service was made with."
                 )
-            self._loaded[seed] = images
+            self._loaded[seed] = train, images
         return self._loaded[seed]
 
 

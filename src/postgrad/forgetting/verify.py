@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,14 +25,18 @@ from postgrad import __version__
 from postgrad.core.config import RuntimeConfig
 from postgrad.core.distributed import first_rank
 from postgrad.core.files import remove, write_json
+from postgrad.core.layer_adapters import base_hashes
 from postgrad.core.report import Cell, Note, Report, Section, Table
 from postgrad.core.runtime import Job, finish, finished, progress, start, stop_on_signals, stop_requested
-from postgrad.core.vision import ImagesConfig, check_images
+from postgrad.core.vision import ImagesConfig, ImageSet, check_images
 from postgrad.core.vision_models import Classifier, ClassifierConfig, classifier_hash
 from postgrad.errors import ArtefactError, ConfigError, GateError, Interrupted, ModelError
 from postgrad.forgetting.entries import HASH, ApplyBody, Entry, Finding, VerifyBody, digest
 from postgrad.forgetting.ledger import Ledger, current_base
 from postgrad.forgetting.metrics import acc_table
+from postgrad.forgetting.request import manifest_hash
+from postgrad.forgetting.sample_audit import Scope, audit_samples, rows_of, unseen_rows
+from postgrad.forgetting.schedules import TaskSplit
 from postgrad.forgetting.service import Service
 from postgrad.forgetting.service_lock import LOCK, hold
 from postgrad.forgetting.service_parts import answers, enter
@@ -43,12 +47,16 @@ from postgrad.forgetting.service_runs import (
     ServiceImages,
     check_service,
     entries_of_run,
+    is_of_texts,
     load_base,
 )
+from postgrad.forgetting.status import standing_lines, standing_table
+from postgrad.forgetting.text_service import load_text_base, loading_problems
 from postgrad.forgetting.verification import findings_section, verify_service
+from postgrad.forgetting.views import passes
 
 LOSS = None
-COMPARED = ("acc_r", "acc_f", "acc_o", "h", "acc_r_pretrained", "acc_f_pretrained")
+COMPARED = ("acc_r", "acc_f", "acc_h", "acc_o", "h", "acc_r_pretrained", "acc_f_pretrained", "acc_h_pretrained")
 """Figures that follow from the model and test images alone."""
 CHECKED = "checked.json"
 Plan = dict[str, str | int | float]
@@ -91,6 +99,7 @@ def plan(config: VerifyConfig) -> Plan:
     check(config)
     applied = _applied(Ledger(Path(config.service)).entries())
     return {
+        **standing_lines(Path(config.service)),
         "requests to load": len(applied),
         "requests to measure anew": len(applied) if config.data.path else 0,
         "entries to add to the ledger": int(config.record),
@@ -127,6 +136,9 @@ def run(config: VerifyConfig) -> Report:
 def examine(config: VerifyConfig, job: Job) -> Examination:
     """Check the files and the base; where all is well, load each adapter and measure each request."""
     folder, found = Path(config.service), Examination()
+    if _readable(folder) and _of_texts(folder):
+        found.findings = _examine_texts(config, folder, job)
+        return found
     key = Path(config.public_key) if config.public_key else None
     applied = _applied(Ledger(folder).entries()) if _readable(folder) else {}
     with stop_on_signals(), progress(job, 2 + len(applied), "verified") as bar:
@@ -156,6 +168,27 @@ def examine(config: VerifyConfig, job: Job) -> Examination:
     return found
 
 
+def _of_texts(folder: Path) -> bool:
+    """Say whether a service is a language model's; where base.json cannot be read, the examination says so."""
+    try:
+        return is_of_texts(folder)
+    except ArtefactError:
+        return False
+
+
+def _examine_texts(config: VerifyConfig, folder: Path, job: Job) -> list[Finding]:
+    """Check a language model's service: files, base, and that each adapter can be loaded; no row is at hand."""
+    key = Path(config.public_key) if config.public_key else None
+    with progress(job, 2, "verified") as bar:
+        model = load_text_base(config.model.path, job)
+        bar.advance()
+        findings = verify_service(folder, tensors=base_hashes(model), public_key=key, known=config.known)
+        if not any(finding.severity == "error" for finding in findings):
+            findings += loading_problems(folder, model, config.model.path)
+        bar.advance()
+    return findings
+
+
 class Anew:
     """Loads and measures the requests of a service again."""
 
@@ -166,7 +199,7 @@ class Anew:
     def figures(self, entry: Entry, found: Examination) -> Mapping[str, float]:
         """Measure a request as it was when it was applied; note an adapter that cannot be loaded.
 
-        None are measured without images, on a base before the one at hand, or for a request without a class.
+        None are measured without images, on a base before the one at hand, or for single images that are gone.
         """
         assert isinstance(entry.body, ApplyBody), "only requests that were applied are measured"
         service, body = self._service, entry.body
@@ -178,17 +211,34 @@ class Anew:
             place = f"adapters/{body.request}"
             found.findings.append(Finding(place, "adapter", "one that can be loaded", str(error)))
             return {}
-        split = service.split_at(entry)
-        if self._images is None or not split.forget:
+        if self._images is None:
             return {}
-        images = self._images.of(body.seed)
-        after = answers(service.classifier, images).argmax(1)
-        service.show(())
-        before = answers(service.classifier, images).argmax(1)
-        row = acc_table(images.labels, after, split, pretrained=before, start=before).row()
+        split, (train, test) = service.split_at(entry), self._images.both(body.seed)
+        row = self._of_classes(split, test) if split.forget else self._single(body, Scope(split), train, test)
         figures = {name: row[name] for name in COMPARED if name in row and name in body.metrics}
-        found.measured[body.request] = figures
+        if figures:
+            found.measured[body.request] = figures
         return figures
+
+    def _of_classes(self, split: TaskSplit, test: ImageSet) -> Mapping[str, float]:
+        """Measure with the adapters at hand and without any."""
+        after = answers(self._service.classifier, test).argmax(1)
+        self._service.show(())
+        before = answers(self._service.classifier, test).argmax(1)
+        return acc_table(test.labels, after, split, pretrained=before, start=before).row()
+
+    def _single(self, body: ApplyBody, scope: Scope, train: ImageSet, test: ImageSet) -> Mapping[str, float]:
+        """Measure single images, if all of them are still there."""
+        asked = self._service.request(body.request)
+        forget = train.select(rows_of(asked.samples, train))
+        if manifest_hash(asked.salt, forget.hashes) != body.manifest_hash:
+            return {}
+        unseen = unseen_rows(test, forget.labels.tolist())[1]
+        after = passes(self._service.classifier, (forget, test))
+        self._service.show(())
+        before = passes(self._service.classifier, (forget, test))
+        whole = replace(scope, rows=tuple(range(len(forget))), unseen=unseen)
+        return audit_samples("", after, before, None, whole).figures()
 
 
 def _hold(folder: Path, held: ExitStack) -> None:
@@ -252,7 +302,9 @@ def _rows(found: Examination, entries: Sequence[Entry]) -> list[tuple[str, str, 
 
 def _sections(config: VerifyConfig, found: Examination, entries: Sequence[Entry]) -> list[Section]:
     wrong, unmeasured = _split(found.findings)
-    sections = [findings_section(wrong)]
+    sections: list[Section] = [findings_section(wrong)]
+    if entries:
+        sections.append(standing_table(Path(config.service)))
     if any(finding.severity == "error" for finding in wrong) and not found.measured:
         sections.append(Note("No figure was measured anew", "That waits until the rest is in order.", "warning"))
     if rows := _rows(found, entries):

@@ -3,7 +3,7 @@
 Letters: N images, B and C images of batches, D width of the features, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from postgrad.core.vision_models import Classifier, Seen
 from postgrad.forgetting.blocks import Block
 from postgrad.forgetting.leakage import Pass
 from postgrad.forgetting.leakage_audit import Views
-from postgrad.forgetting.prefix import PrefixCache, cache_prefix, cacheable, resumed
+from postgrad.forgetting.prefix import PROBED, PrefixCache, cache_prefix, cacheable, resumed, shortened
 
 EVAL_IMAGES = 256
 """Images a forward pass without gradients."""
@@ -82,7 +82,18 @@ def from_block(view: View, blocks: Sequence[Block], start: int) -> View:
     if start == 0 or not len(view) or not cacheable(network, blocks, start):
         return view
     cached = cache_prefix(network, blocks, start, view.images.images, view.classifier, batch_size=EVAL_IMAGES)
+    cached = shortened(network, blocks, cached, _all_of(view.classifier), view.images.images[:PROBED])
     return View(view.classifier, view.images, blocks, cached)
+
+
+def _all_of(classifier: Classifier) -> Callable[[Tensor], Tensor]:
+    """Give what is read of a classifier, in one tensor."""
+
+    def both(images: Tensor) -> Tensor:
+        seen: Seen = classifier(images)
+        return torch.cat([seen.features, seen.logits], dim=1)
+
+    return both
 
 
 def predictions(seen: Seen) -> Int64[Tensor, " N"]:

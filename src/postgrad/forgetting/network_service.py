@@ -1,0 +1,278 @@
+"""A service that forgets, of any network: a ledger, an adapter a request, certificates.
+
+Its folder is the one that `service` describes, with the files, entries and states of a classifier's service, so that
+the ledger, the certificates and their checks are the same. What is particular to a network, its answers to something
+fixed, comes from the caller.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from postgrad import __version__
+from postgrad.core.distributed import first_rank
+from postgrad.core.layer_adapters import activate, adapter_names, base_hashes, drop, import_adapter, pairs
+from postgrad.errors import ArtefactError
+from postgrad.forgetting.blocks import Block
+from postgrad.forgetting.certificate import write_certificate
+from postgrad.forgetting.entries import ApplyBody, Body, Entry, Finding, RevokeBody, digest
+from postgrad.forgetting.ledger import Ledger, current_base, states
+from postgrad.forgetting.policy import PolicyConfig, policy_limits
+from postgrad.forgetting.request import ForgetRequest, class_prints, read_request, request_hash
+from postgrad.forgetting.schedules import TaskSplit
+from postgrad.forgetting.service_lock import hold
+from postgrad.forgetting.service_parts import (
+    PREFIX,
+    adapter_name,
+    check_adapter,
+    check_base,
+    enter,
+    first_body,
+    mend,
+    sign,
+    write_adapter,
+)
+from postgrad.forgetting.verification import hash_files, verify_service
+
+TOLERANCE = 1.0
+"""Points that a figure measured anew may differ from the one on record, as another machine's may."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carried:
+    """What is entered of a request that was carried out."""
+
+    blocks: Sequence[Block]
+    """All that could have changed."""
+    num_forget: int
+    num_retain: int
+    manifest_hash: str
+    """Of the salted hashes of what was to be forgotten."""
+    config: str
+    seed: int
+    hardware: str
+    metrics: Mapping[str, float]
+    policy: PolicyConfig
+
+
+@dataclass(eq=False)
+class NetworkService:
+    """A network, and the folder that says what it has forgotten."""
+
+    folder: Path
+    network: nn.Module
+    classes: tuple[str, ...]
+    base_name: str
+    answers: Callable[[], Tensor]
+    """What the network makes of something fixed, to compare bit for bit."""
+    ledger: Ledger = field(init=False)
+    _let_go: Callable[[], object] = lambda: None
+
+    def __post_init__(self) -> None:
+        """Find the ledger."""
+        self.ledger = Ledger(self.folder)
+
+    def open(self) -> "NetworkService":
+        """Begin the service, or go on with it; requests in use are shown.
+
+        Raises: ArtefactError: the folder belongs to another base, was altered, or another process works on it.
+        """
+        try:
+            first_rank(self._begin)
+            self._mend()
+            self.show(self.active)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def close(self) -> None:
+        """Let other processes work on the folder."""
+        self._let_go()
+
+    def __enter__(self) -> "NetworkService":
+        """Use the service until the block ends."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Let go of the folder."""
+        self.close()
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Name the requests in use, in order."""
+        return self._in_use(len(self.ledger.entries()))
+
+    def request(self, name: str) -> ForgetRequest:
+        """Read a request that was applied."""
+        return read_request(self.folder / "adapters" / name / "request.json")
+
+    def labels(self, requests: Iterable[str]) -> tuple[int, ...]:
+        """Find the classes that some requests have forgotten."""
+        names = {name for each in requests for name in self.request(each).classes}
+        return tuple(label for label, name in enumerate(self.classes) if name in names)
+
+    def carried_out(self, request: ForgetRequest) -> ApplyBody | None:
+        """Find what was entered of this very request; its salt may be another.
+
+        Raises: ArtefactError: another request has its id.
+        """
+        bodies = [entry.body for entry in self.ledger.entries() if isinstance(entry.body, ApplyBody)]
+        body = next((body for body in bodies if body.request == request.id), None)
+        if body is not None and replace(known := self.request(request.id), salt=request.salt) != request:
+            raise ArtefactError(
+                f"request {request.id!r} was applied with other content: expected {known.classes}, found "
+                f"{request.classes}. Give the new request an id of its own."
+            )
+        return body
+
+    def show(self, requests: Sequence[str]) -> None:
+        """Have the network answer as with these requests in use, revoked ones too; others are taken off.
+
+        Raises: ArtefactError: an adapter is not as it was recorded, or belongs to another base.
+        """
+        wanted = [adapter_name(each) for each in requests]
+        for name in adapter_names(self.network):
+            if name.startswith(PREFIX) and name not in wanted:
+                drop(self.network, name)
+        for each, name in zip(requests, wanted, strict=True):
+            if name not in adapter_names(self.network):
+                check_adapter(self.folder, self.ledger.entries(), each)
+                import_adapter(self.network, self.folder / "adapters" / each, name)
+        activate(self.network, wanted)
+
+    def write(self, request: ForgetRequest) -> None:
+        """Write the adapter trained for a request, and take it up from there: what is measured is what was written.
+
+        Nothing has changed until `enter`.
+        """
+        name, place = adapter_name(request.id), self.folder / "adapters" / request.id
+        first_rank(lambda: write_adapter(place, self.network, request, self.base_name))
+        drop(self.network, name)
+        import_adapter(self.network, place, name)
+        activate(self.network, [*map(adapter_name, self.active), name])
+
+    def enter(self, request: ForgetRequest, carried: Carried) -> Entry:
+        """Enter a request whose adapter was written, and certify it: from then on it is in use."""
+        adapted = set(pairs(self.network, adapter_name(request.id)))
+        linears = [layer for block in carried.blocks for layer in block.linears if layer in adapted]
+        changed = tuple(block.name for block in carried.blocks if adapted & set(block.linears))
+        tensors = tuple(f"{layer}.weight" for layer in linears)
+        identical = self._identical(tensors)
+        body = ApplyBody(
+            request=request.id, request_hash=request_hash(request), class_prints=class_prints(request),
+            num_samples=len(request.samples), num_forget=carried.num_forget, num_retain=carried.num_retain,
+            manifest_hash=carried.manifest_hash, config_hash=digest(carried.config), code_version=__version__,
+            seed=carried.seed, hardware=carried.hardware, base_name=self.base_name, base_hash=self._base_hash(),
+            num_blocks=len(carried.blocks), blocks=changed, tensors=tensors, num_identical=len(identical),
+            identical_hash=digest(identical), adapter_files=hash_files(self.folder / "adapters" / request.id),
+            metrics={**carried.metrics, "num_changed_blocks": float(len(changed))},
+            policy=policy_limits(carried.policy),
+        )  # fmt: skip
+        entry = self._add(body)
+        self._certify(body, entry)
+        return entry
+
+    def revoke(self, request: str, metrics: Callable[[], Mapping[str, float]]) -> Entry:
+        """Take a request out of use, and check that the network answers as one that never had its adapter.
+
+        Args:   metrics: measures the network without the request.
+        Raises: ArtefactError: the request is not in use.
+        """
+        if request not in self.active:
+            state = states(self.ledger.entries()).get(request, "unknown")
+            raise ArtefactError(f"request {request!r} is {state}, not in use; in use are {list(self.active)}.")
+        left = [each for each in self.active if each != request]
+        self.show(self.active)
+        drop(self.network, adapter_name(request))
+        activate(self.network, [adapter_name(each) for each in left])
+        now = self.answers()
+        self.show(())
+        self.show(left)
+        exact = torch.equal(now, self.answers())
+        self._hashes()  # the base is what it was
+        return self._add(
+            RevokeBody(
+                request=request, base_hash=self._base_hash(), bit_exact=exact, metrics=dict(metrics()),
+                code_version=__version__,
+            )
+        )  # fmt: skip
+
+    def findings(self, measure: Callable[[TaskSplit], Mapping[str, float]] | None = None) -> list[Finding]:
+        """Check the whole folder against the ledger and the network at hand.
+
+        Args: measure: gives a request's figures anew, with the requests in use that were when it was applied.
+        """
+
+        def again(entry: Entry) -> Mapping[str, float]:
+            assert measure is not None and isinstance(entry.body, ApplyBody), "only requests are measured anew"
+            if entry.body.base_hash != self._base_hash():
+                return {}
+            self.show(self._in_use(entry.index + 1))
+            return {key: value for key, value in measure(self.split_at(entry)).items() if key in entry.body.metrics}
+
+        found = first_rank(lambda: verify_service(self.folder, tensors=base_hashes(self.network)))
+        if measure is None or any(finding.severity == "error" for finding in found):
+            return found
+        more = verify_service(self.folder, measure=again, tolerance=TOLERANCE)
+        self.show(self.active)
+        return found + [finding for finding in more if finding not in found]
+
+    def split_at(self, entry: Entry) -> TaskSplit:
+        """Say which classes the request of an entry kept, forgot, and found forgotten."""
+        assert isinstance(entry.body, ApplyBody), "only a request that was applied splits the classes"
+        before = states(self.ledger.entries()[: entry.index])
+        old = self.labels(name for name, state in before.items() if state != "revoked")
+        now = self.labels([entry.body.request])
+        kept = tuple(label for label in range(len(self.classes)) if label not in (*old, *now))
+        return TaskSplit(kept, now, old)
+
+    def _in_use(self, num_entries: int) -> tuple[str, ...]:
+        found = states(self.ledger.entries()[:num_entries])
+        return tuple(name for name, state in found.items() if state in ("active", "frozen"))
+
+    def _begin(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._let_go = weakref.finalize(self, hold(self.folder))
+        if not self.ledger.entries():
+            enter(self.ledger, first_body(self.folder, self.base_name, base_hashes(self.network), self.classes))
+
+    def _mend(self) -> None:
+        """Bring the folder to what the ledger says, whatever a stopped process left."""
+        self._hashes()
+        entries = self.ledger.entries()
+        first_rank(lambda: mend(self.folder, entries))
+        base_hash = current_base(entries).base_hash
+        for entry in entries:
+            if isinstance(entry.body, ApplyBody) and entry.body.base_hash == base_hash:
+                page = self.folder / "certificates" / f"{entry.body.request}.html"
+                if not first_rank(page.is_file):
+                    self._certify(entry.body, entry)
+
+    def _add(self, body: Body) -> Entry:
+        return first_rank(lambda: enter(self.ledger, body))
+
+    def _base_hash(self) -> str:
+        return current_base(self.ledger.entries()).base_hash
+
+    def _hashes(self) -> dict[str, str]:
+        """Hash the base's tensors, and see that they are those on record."""
+        hashes = base_hashes(self.network)
+        check_base(self.folder, self.ledger.entries(), hashes, self.base_name)
+        return hashes
+
+    def _identical(self, touched: Sequence[str]) -> dict[str, str]:
+        return {name: value for name, value in sorted(self._hashes().items()) if name not in touched}
+
+    def _certify(self, body: ApplyBody, entry: Entry) -> None:
+        identical = self._identical(body.tensors)
+
+        def write() -> None:
+            path = write_certificate(self.folder, entry, self.request(body.request), identical)
+            sign(path.parent, path.name)
+
+        first_rank(write)
