@@ -71,4 +71,5 @@ def material(gone: tuple[int, ...] = GONE, old: tuple[int, ...] = ()) -> Materia
 def quick(config: EraseConfig = PLAIN, epochs: int = 20) -> EraseConfig:
     """Make a preset fit for these few images."""
     settings = replace(config.train, epochs=epochs, batch_size=32, log_every=100)
-    return replace(config, rank=4, scale=4.0, select_epochs=min(1, config.select_epochs), blocks=1, least_steps=0, train=settings)
+    few = replace(config, select_epochs=min(1, config.select_epochs), blocks=1, least_steps=0)
+    return replace(few, rank=4, scale=4.0, train=settings)

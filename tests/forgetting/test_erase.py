@@ -114,11 +114,10 @@ def test_where_few_blocks_do_not_suffice_more_are_tried(tmp_path: Path) -> None:
 
 
 def test_epochs_of_few_images_are_repeated_until_there_are_steps_enough(tmp_path: Path) -> None:
-    config = replace(quick(epochs=2), patience=0)
+    config = replace(quick(epochs=2), patience=0, select_epochs=0)
     for least, epochs in ((0, 2), (2 * STEPS + 1, 3), (5 * STEPS, 5)):
-        found = erase(
-            taught(), material(), FIRST, (), replace(config, least_steps=least, select_epochs=0), job(tmp_path / f"{least}")
-        )
+        part = job(tmp_path / f"{least}")
+        found = erase(taught(), material(), FIRST, (), replace(config, least_steps=least), part)
         assert found.steps == epochs * STEPS
 
 

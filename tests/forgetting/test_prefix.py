@@ -10,7 +10,7 @@ from torch import nn
 from postgrad.core.layer_adapters import activate, drop, inject, pairs
 from postgrad.errors import ArtefactError, ModelError
 from postgrad.forgetting.blocks import Block, ffn_blocks
-from postgrad.forgetting.prefix import PrefixCache, cache_prefix, cacheable, prefix_key, resumed
+from postgrad.forgetting.prefix import PrefixCache, cache_prefix, cacheable, prefix_key, resumed, shortened
 
 UNIFORM = ["vit", "deit", "beit", "dinov2", "dinov3", "clip", "clip_classifier", "siglip", "bert", "llama", "gpt2"]
 STAGED = ["swin", "swinv2", "detr", "deformable_detr"]
@@ -93,6 +93,51 @@ def test_one_image_is_enough_for_the_embedding(name):
     whole = learn(model, name, images)
     with resumed(model, blocks, 2, cache):
         assert_same_step(learn(model, name, images[:1]), whole)
+
+
+def read(model, head):
+    """Give a function of images that reads the last block's tokens as a head would."""
+
+    def see(images):
+        last = ffn_blocks(model)[-1].name
+        kept = []
+        handle = model.get_submodule(last).register_forward_hook(lambda *args: kept.append(args[-1]))
+        model(images)
+        handle.remove()
+        return head(kept[0][0] if isinstance(kept[0], tuple) else kept[0])
+
+    return see
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("name", ["vit", "clip", "dinov2"])
+def test_a_head_that_reads_the_first_token_lets_the_others_be(name, k):
+    model, blocks = forgetting(name, k)
+    images = inputs(name)
+    see = read(model, lambda tokens: tokens[:, 0])
+    cache = cache_prefix(model, blocks, k, images, model)
+    short = shortened(model, blocks, cache, see, images[:2])
+    assert short.first_only and blocks[-1].linears[0].startswith(short.first_only)
+    rows, grads = [], []
+    layer = model.get_submodule(short.first_only)
+    for used in (cache, short):
+        with resumed(model, blocks, k, used), torch.enable_grad():
+            handle = model.get_submodule(blocks[-1].linears[0]).register_forward_pre_hook(
+                lambda _, args: rows.append(args[0].shape[1])
+            )
+            trained = [p for p in model.parameters() if p.requires_grad]
+            grads.append(torch.autograd.grad(see(images).square().sum(), trained))
+            handle.remove()
+    assert rows[0] > rows[1] == 1 and "forward" not in vars(layer)
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_that_reads_all_tokens_gets_them():
+    model, blocks = forgetting("vit")
+    images = inputs("vit")
+    cache = cache_prefix(model, blocks, 1, images, model)
+    assert shortened(model, blocks, cache, read(model, lambda tokens: tokens.mean(1)), images[:2]) is cache
 
 
 def test_half_precision_takes_half_the_memory_and_rounds():

@@ -74,11 +74,10 @@ def test_single_images_are_planned_wherever_they_lie() -> None:
 
 
 def test_the_cost_is_that_of_the_order_of_training() -> None:
-    """A selection is on all blocks, what follows on the later half: (2 + 40 / 2) / 42 of a full step's time."""
+    """A selection is on all blocks, what follows on the later half: (1 + 40 / 2) / 41 of a full step's time."""
     found = cost(EIGHTS, WORKING, [], PLAIN, 1.0)
-    assert found.image_steps == len(PairBatches(96, 24, 32, 42, 0)) * 56 and found.seconds_each == pytest.approx(
-        22 / 42
-    )
+    assert found.image_steps == len(PairBatches(96, 24, 32, 41, 0)) * 56
+    assert found.seconds_each == pytest.approx(21 / 41)
     whole = cost(replace(EIGHTS, shots=3), WORKING, [], replace(PLAIN, select_epochs=0), 1.0)
     assert whole == Cost(len(PairBatches(24, 6, 32, 40, 0)) * 30, 1.0)
     assert 0 < seconds_each(OUTLOOK.classifier, TRAIN) < 1

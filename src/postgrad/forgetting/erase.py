@@ -29,7 +29,7 @@ from postgrad.core.vision_models import Classifier, Seen
 from postgrad.errors import GateError
 from postgrad.forgetting.batches import Pair, PairBatches
 from postgrad.forgetting.blocks import Block, ffn_blocks
-from postgrad.forgetting.erase_config import NO_LEAK, EraseConfig
+from postgrad.forgetting.erase_config import NO_LEAK, EraseConfig, epochs_of
 from postgrad.forgetting.leak_terms import LeakTerms, leak_terms
 from postgrad.forgetting.losses import Batch, forget_loss, group_norms, lora_groups, snap, structure
 from postgrad.forgetting.unseen import CLOSE, UnseenTerms, log_odds, plain
@@ -209,8 +209,7 @@ def _finish(task: _Task, job: Job) -> tuple[dict[str, float], int, float]:
         forget, retain = (from_block(view, task.blocks, start) for view in (task.forget, task.retain))
         task = replace(task, forget=forget, retain=retain)
     cached = task.retain.cached is not None
-    each = task.batches(1, job).epoch_steps
-    batches = task.batches(max(round(config.train.epochs), -(-config.least_steps // each)), job)
+    batches = task.batches(epochs_of(config, task.batches(1, job).epoch_steps), job)
     part = replace(job, folder=job.folder / "train")
     part.folder.mkdir(parents=True, exist_ok=True)
     settings = replace(config.train, eval_every=batches.epoch_steps if config.patience else 0)

@@ -32,7 +32,7 @@ class EraseConfig:
     select_epochs: int = 1
     """Epochs of the sparse phase on every block; 0 = all blocks stay."""
     blocks: int = 2
-    """Blocks that stay after the sparse phase, the strongest of the later half; where they do not suffice, twice as many."""
+    """Blocks that stay, the strongest of the later half; where they do not suffice, twice as many."""
     least_steps: int = 120
     """Steps at least: epochs of few images are repeated until there are so many."""
     snap: float = 1e-2
@@ -80,6 +80,11 @@ PRESETS: Mapping[str, EraseConfig] = MappingProxyType(
 )
 """safe: ours, with the leak terms. gs-lora, gs-lora++: the paper's terms by the same fast procedure. paper, paper++: as
 the released continual scripts."""
+
+
+def epochs_of(config: EraseConfig, epoch_steps: int) -> int:
+    """Say how many epochs of so many steps follow the sparse phase, at most."""
+    return max(1, round(config.train.epochs), -(-config.least_steps // epoch_steps))
 
 
 def check_erase(config: EraseConfig, name: str = "erase") -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from postgrad.core.layer_adapters import active_names, base_state, hash_tensors, pairs
 from postgrad.errors import ArtefactError, ModelError
-from postgrad.forgetting.blocks import Block
+from postgrad.forgetting.blocks import Block, ffn_blocks
 
 PROBED = 2
 """Images on which a network is asked whether it can be resumed."""
@@ -170,7 +170,8 @@ def shortened(
     last = [layer.split(".") for layer in blocks[-1].linears]
     shared = next((i for i, parts in enumerate(zip(*last, strict=False)) if len(set(parts)) > 1), 0)
     trial = replace(cached, first_only=".".join(last[0][:shared]))
-    if cached.states.ndim != 3 or not trial.first_only.startswith(f"{blocks[-1].name}."):
+    inside = trial.first_only.startswith(f"{blocks[-1].name}.")
+    if cached.states.ndim != 3 or not inside or blocks[-1] != ffn_blocks(network)[-1]:  # attention asks all tokens
         return cached
     rows = replace(trial, states=trial.states[: len(images)])
     with _evaluating(network):
@@ -187,9 +188,9 @@ def _first_token(module: nn.Module) -> Iterator[None]:
     own, attributes = module.forward, vars(module)
     before = attributes.get("forward")
 
-    def first(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found = own(hidden[:, :1], *args, **kwargs)
-        return found.expand(-1, hidden.shape[1], -1) if isinstance(found, Tensor) else found  # attention: not the same
+    def first(hidden: Tensor) -> Tensor:
+        found: Tensor = own(hidden[:, :1])
+        return found.expand(-1, hidden.shape[1], -1)
 
     try:
         attributes["forward"] = first

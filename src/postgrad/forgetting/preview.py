@@ -18,7 +18,7 @@ from postgrad.core.vision_models import Classifier
 from postgrad.forgetting.batches import PairBatches
 from postgrad.forgetting.bench import beside
 from postgrad.forgetting.blocks import ffn_blocks
-from postgrad.forgetting.erase_config import EraseConfig
+from postgrad.forgetting.erase_config import EraseConfig, epochs_of
 from postgrad.forgetting.ledger import LEDGER, Ledger, states
 from postgrad.forgetting.planning import Cost, Group, Plan, plan_request
 from postgrad.forgetting.request import ForgetRequest, read_request
@@ -119,12 +119,12 @@ def cost(
     kept = [not g and images.classes[k] not in named for g, k in zip(gone, labels, strict=True)]
     if request.shots:
         gone, kept = (_shots(which, labels, request.shots) for which in (gone, kept))
-    selecting, training = config.select_epochs, max(1, round(config.train.epochs))
-    batches = PairBatches(sum(kept), sum(gone), config.train.batch_size, selecting + training, 0)
+    batches = PairBatches(sum(kept), sum(gone), config.train.batch_size, 1, 0)
+    selecting, training = config.select_epochs, epochs_of(config, batches.epoch_steps)
     each = min(sum(kept), config.train.batch_size) + min(sum(gone), config.train.batch_size)
     # after a selection only the later half of the blocks is computed
     share = 0.5 if selecting and config.together else 1.0
-    return Cost(len(batches) * each, seconds * (selecting + share * training) / (selecting + training))
+    return Cost((selecting + training) * batches.epoch_steps * each, seconds * (selecting + share * training) / (selecting + training))
 
 
 def seconds_each(classifier: Classifier, images: ImageSet) -> float:

@@ -5,9 +5,9 @@
     service/adapters/<request>/     a PEFT folder with the layers that carry it, and request.json
     service/certificates/<request>  JSON and a page to print
 
-An entry in the ledger is what makes a change real: whatever stops a process, the folder is as before the entry or as
-after it once it is opened again. An adapter without an entry is what a stopped process left, and is removed. The base
-is never written; `bake` makes another. A process holds the folder from `open` to `close`, or to its end.
+An entry in the ledger makes a change real: whatever stops a process, the folder is as before it or as after it once
+opened again. An adapter without an entry is what a stopped process left, and is removed. The base is never written,
+`bake` makes another. A process holds the folder from `open` to `close`, or to its end.
 """
 
 import weakref
@@ -34,14 +34,7 @@ from postgrad.forgetting.erase import Erased, Material, erase
 from postgrad.forgetting.erase_config import EraseConfig
 from postgrad.forgetting.ledger import Ledger, current_base, states
 from postgrad.forgetting.policy import PolicyConfig, policy_limits
-from postgrad.forgetting.request import (
-    ForgetRequest,
-    class_prints,
-    manifest_hash,
-    read_request,
-    request_hash,
-    resolve,
-)
+from postgrad.forgetting.request import ForgetRequest, class_prints, manifest_hash, read_request, request_hash, resolve
 from postgrad.forgetting.schedules import TaskSplit
 from postgrad.forgetting.service_lock import hold
 from postgrad.forgetting.service_parts import (
