@@ -18,7 +18,7 @@ from postgrad.errors import ConfigError, GateError
 from postgrad.forgetting import erase as module
 from postgrad.forgetting.blocks import ffn_blocks
 from postgrad.forgetting.erase import erase
-from postgrad.forgetting.erase_config import PRESETS, EraseConfig, check_erase
+from postgrad.forgetting.erase_config import PRESETS, EraseConfig, careful, check_erase
 from postgrad.forgetting.losses import ObjectiveConfig, group_norms, lora_groups
 from postgrad.forgetting.schedules import PRESETS as PUBLISHED
 from postgrad.forgetting.views import View, share_right
@@ -296,6 +296,22 @@ def test_attention_can_be_adapted_instead(tmp_path: Path) -> None:
     assert len(found.linears) == 3 and all("attention" in layer for layer in found.linears)
     activate(classifier.network, [])
     assert same(dict(classifier.eval().named_parameters()), dict(classifier.named_parameters()))
+
+
+@pytest.mark.usefixtures("contented")
+@pytest.mark.parametrize(("kept", "spared"), ((KEPT, False), (KEPT[:4], True)))
+def test_kept_classes_without_images_are_spared(kept: tuple[int, ...], spared: bool, tmp_path: Path) -> None:
+    """Nothing but the terms differs, so the rows of the log tell: without a push the forgetting term is 0."""
+    asked, config = material(), quick(PRESETS["safe"], 1)
+    erase(taught(), replace(asked, retain=asked.retain.of_classes(kept)), FIRST, (), config, job(tmp_path))
+    (row, *_) = [row for row in read_metrics(tmp_path / "blocks-1" / "train") if "forget" in row]
+    assert (row["forget"] == 0.0) == spared
+
+
+def test_sparing_needs_a_proxy_term() -> None:
+    config = PRESETS["safe"]
+    assert careful(PLAIN) is PLAIN
+    assert (careful(config).objective.beta, careful(config).leak.proxy) == (0.0, config.leak.unseen)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from postgrad.core.vision_models import Classifier, Seen
 from postgrad.errors import GateError
 from postgrad.forgetting.batches import Pair, PairBatches
 from postgrad.forgetting.blocks import Block, ffn_blocks
-from postgrad.forgetting.erase_config import NO_LEAK, EraseConfig, epochs_of
+from postgrad.forgetting.erase_config import NO_LEAK, EraseConfig, careful, epochs_of
 from postgrad.forgetting.leak_terms import LeakTerms, leak_terms
 from postgrad.forgetting.losses import Batch, forget_loss, group_norms, lora_groups, snap, structure
 from postgrad.forgetting.unseen import CLOSE, UnseenTerms, log_odds, plain
@@ -83,7 +83,10 @@ def erase(
     blocks = ffn_blocks(network, placement=config.placement)
     forget, retain = View(classifier, material.forget), View(classifier, material.retain)
     before, unseen = retain.see_all(), None
-    if material.levels is not None:
+    seen = {*material.forget.labels.tolist(), *material.retain.labels.tolist(), *material.old}
+    if material.levels is None and len(seen) < len(classifier.classes):
+        config = careful(config)
+    elif material.levels is not None:
         config = replace(config, objective=plain(config.objective), leak=NO_LEAK)
         unseen = UnseenTerms(material.levels, log_odds(before.logits, retain.images.labels))
     labels = material.forget.labels if unseen is None else material.forget.labels[:0]

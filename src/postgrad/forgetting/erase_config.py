@@ -82,6 +82,18 @@ PRESETS: Mapping[str, EraseConfig] = MappingProxyType(
 the released continual scripts."""
 
 
+def careful(config: EraseConfig) -> EraseConfig:
+    """Fit settings with a proxy term for a request that leaves classes without any image.
+
+    Forgotten images are then answered as the kept classes they look like, those without images among them, and are
+    pushed no further: what only drives their own class down takes its neighbours along.
+    """
+    if not config.leak.proxy:
+        return config
+    objective = replace(config.objective, beta=0.0)
+    return replace(config, objective=objective, leak=replace(config.leak, proxy=config.leak.unseen))
+
+
 def epochs_of(config: EraseConfig, epoch_steps: int) -> int:
     """Say how many epochs of so many steps follow the sparse phase, at most."""
     return max(1, round(config.train.epochs), -(-config.least_steps // epoch_steps))

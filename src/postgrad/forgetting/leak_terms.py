@@ -31,6 +31,8 @@ class LeakConfig:
 
     proxy: float = 1.0
     """Answer forgotten images as the old head would without the rows of forgotten classes."""
+    unseen: float = 5.0
+    """The same where kept classes have no image: only forgotten ones still tell how those are answered."""
     scatter: float = 0.5
     """Move their features to those of retained images that are answered alike."""
     knn: float = 3.0
@@ -45,7 +47,7 @@ class LeakConfig:
 
 def check_leak(config: LeakConfig, name: str = "leak") -> None:
     """Refuse weights below 0, and a temperature that nothing can be divided by."""
-    for key in ("proxy", "scatter", "knn", "probe"):
+    for key in ("proxy", "unseen", "scatter", "knn", "probe"):
         if vars(config)[key] < 0:
             raise ConfigError(f"{name}.{key}: expected a weight of 0 or more, found {vars(config)[key]}")
     if config.temperature <= 0:

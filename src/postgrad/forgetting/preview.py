@@ -124,7 +124,10 @@ def cost(
     each = min(sum(kept), config.train.batch_size) + min(sum(gone), config.train.batch_size)
     # after a selection only the later half of the blocks is computed
     share = 0.5 if selecting and config.together else 1.0
-    return Cost((selecting + training) * batches.epoch_steps * each, seconds * (selecting + share * training) / (selecting + training))
+    return Cost(
+        (selecting + training) * batches.epoch_steps * each,
+        seconds * (selecting + share * training) / (selecting + training),
+    )
 
 
 def seconds_each(classifier: Classifier, images: ImageSet) -> float:
