@@ -308,6 +308,13 @@ def test_kept_classes_without_images_are_spared(kept: tuple[int, ...], spared: b
     assert (row["forget"] == 0.0) == spared
 
 
+def test_thorough_changes_every_block(tmp_path: Path) -> None:
+    classifier = taught()
+    found = erase(classifier, material(), FIRST, (), quick(PRESETS["thorough"], 6), job(tmp_path))
+    assert blocks_of(classifier, found.linears) == [0, 1, 2] and not (tmp_path / "blocks-3" / "select").exists()
+    assert right(classifier, GONE) == 0.0
+
+
 def test_sparing_needs_a_proxy_term() -> None:
     config = PRESETS["safe"]
     assert careful(PLAIN) is PLAIN

@@ -61,6 +61,10 @@ _PLAIN = replace(
     _SAFE, objective=replace(_SAFE.objective, alpha=1e-4), leak=NO_LEAK, scale=1.0, least_steps=0, patience=1,
     train=replace(_SAFE.train, epochs=40),
 )  # fmt: skip
+_THOROUGH = replace(
+    _SAFE, select_epochs=0, least_steps=60,
+    train=replace(_SAFE.train, epochs=4, optim=replace(_SAFE.train.optim, lr=2e-2)),
+)  # fmt: skip
 _PAPER = EraseConfig(
     scale=1.0, select_epochs=0, blocks=0, least_steps=0, snap=0.0, floor=100.0, together=False,
     objective=ObjectiveConfig(beta=0.2, bound=105.0, alpha=1e-4), leak=_PLAIN.leak,
@@ -72,14 +76,15 @@ _PAPER = EraseConfig(
 PRESETS: Mapping[str, EraseConfig] = MappingProxyType(
     {
         "safe": _SAFE,
+        "thorough": _THOROUGH,
         "gs-lora": _PLAIN,
         "gs-lora++": replace(_PLAIN, objective=replace(_PLAIN.objective, weight_forget=0.01, weight_retain=0.01)),
         "paper": _PAPER,
         "paper++": replace(_PAPER, objective=replace(_PAPER.objective, weight_forget=0.01)),
     }
 )
-"""safe: ours, with the leak terms. gs-lora, gs-lora++: the paper's terms by the same fast procedure. paper, paper++: as
-the released continual scripts."""
+"""safe: ours, with the leak terms; thorough: the same on all blocks, which hides more and keeps less. gs-lora, gs-lora++:
+the papers' terms by the same fast procedure. paper, paper++: as the released continual scripts."""
 
 
 def careful(config: EraseConfig) -> EraseConfig:

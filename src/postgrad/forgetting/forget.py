@@ -68,7 +68,7 @@ class ForgetConfig:
     """Images of each class to work with, forgotten and kept ones; 0 = the share."""
     share: float = 0.3
     """Share of the training images that requests work with."""
-    preset: Literal["safe", "gs-lora", "gs-lora++", "paper", "paper++", "own"] = "safe"
+    preset: Literal["safe", "thorough", "gs-lora", "gs-lora++", "paper", "paper++", "own"] = "safe"
     """How requests are erased; own = as the settings under erase say."""
     gold: bool = True
     """Train models that never saw the forgotten classes, to compare with: each costs as much as the base, which must be
