@@ -83,8 +83,8 @@ PRESETS: Mapping[str, EraseConfig] = MappingProxyType(
         "paper++": replace(_PAPER, objective=replace(_PAPER.objective, weight_forget=0.01)),
     }
 )
-"""safe: ours, with the leak terms; thorough: the same on all blocks, which hides more and keeps less. gs-lora, gs-lora++:
-the papers' terms by the same fast procedure. paper, paper++: as the released continual scripts."""
+"""safe: ours, with the leak terms; thorough: the same on all blocks, which hides more and keeps less.
+gs-lora, gs-lora++: the papers' terms by the same fast procedure. paper, paper++: as the released continual scripts."""
 
 
 def careful(config: EraseConfig) -> EraseConfig:
