@@ -16,13 +16,12 @@ from postgrad.forgetting.forget_report import (
     comparison_plot,
     comparison_table,
     forget_sections,
-    limits_table,
     requests_table,
     summary,
-    verdicts,
 )
 from postgrad.forgetting.leakage import Recovery
 from postgrad.forgetting.leakage_audit import Audit, AuditConfig
+from postgrad.forgetting.ledger_report import limits_table, verdicts
 from postgrad.forgetting.relearn import RelearnConfig, Relearned
 from postgrad.forgetting.sample_audit import Scope
 from postgrad.forgetting.schedules import TaskSplit
@@ -79,7 +78,7 @@ def test_key_figures_by_hand(audits: tuple[Audit, ...], service: Service) -> Non
     }  # fmt: skip
     assert {name: found[name] for name in expected} == expected
     assert found["mia_auc"] == second.membership.auc.value
-    assert found["limits_missed"] == sum(not verdict.passed for _, verdict in verdicts(service))
+    assert found["limits_missed"] == sum(not verdict.passed for _, verdict in verdicts(service.ledger.entries()))
 
 
 def test_without_gold_no_excess_is_claimed(audits: tuple[Audit, ...], service: Service) -> None:
@@ -100,11 +99,11 @@ def test_each_request_is_a_row(service: Service) -> None:
 
 
 def test_limits_say_what_was_not_measured(service: Service) -> None:
-    table = limits_table(service)
+    table = limits_table(service.ledger.entries())
     rows = {row[:2]: row[2:] for row in table.rows}
     assert rows[("first", "knn_excess_max")] == (10.0, "–", "not measured")
     assert ("first", "acc_o_max") not in rows and ("second", "acc_o_max") in rows
-    assert len(table.rows) == len(verdicts(service))
+    assert len(table.rows) == len(verdicts(service.ledger.entries()))
 
 
 def test_a_revocation_is_told(audits: tuple[Audit, ...], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from postgrad.core.layer_adapters import adapter_names
 from postgrad.core.vision_models import Classifier, classifier_hash
 from postgrad.errors import ArtefactError, DataError, GateError
 from postgrad.forgetting import service as module
+from postgrad.forgetting import service_parts
 from postgrad.forgetting.entries import ApplyBody, RevokeBody, digest
 from postgrad.forgetting.ledger import Ledger, current_base
 from postgrad.forgetting.service import Service
@@ -136,7 +137,7 @@ def test_a_process_killed_while_applying_leaves_before_or_after(
         if before:
             patch.setattr(Ledger, "append", die)
         else:
-            patch.setattr(module, "write_certificate", die)
+            patch.setattr(service_parts, "write_certificate", die)
         carry_out(service, request("third", "7"), load(made.model), tmp_path / "run")
     assert (made.service / "adapters/third").is_dir()
     (made.service / "adapters/.fourth.123.tmp").mkdir()

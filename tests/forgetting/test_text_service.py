@@ -25,7 +25,6 @@ from postgrad.forgetting.text_service import (
     revoke_texts,
     rows_of,
     text_service,
-    undone,
 )
 from postgrad.forgetting.unlearn_steps import Place, prepare
 
@@ -90,7 +89,7 @@ def test_a_request_is_undone_bit_for_bit(made: Path) -> None:
     with opened(made) as service:
         service.show(["second"])
         alone = answers_to_noise(service.network)
-        assert undone(service, "first") and service.active == ("first", "second")
+        assert service.undone("first") and service.active == ("first", "second")
         entry = revoke_texts(service, "first")
         assert isinstance(entry.body, RevokeBody) and entry.body.bit_exact and service.active == ("second",)
         assert torch.equal(alone, answers_to_noise(service.network)) and service.findings() == []

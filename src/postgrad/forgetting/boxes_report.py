@@ -7,18 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from postgrad.core.report import Cell, Note, Plot, Section, Series, Table
+from postgrad.core.report import Cell, Plot, Section, Series, Table
 from postgrad.forgetting.average_precision import Boxes, class_precision, present, split_precision
 from postgrad.forgetting.boxes import BoxSet
 from postgrad.forgetting.detector import Detector
-from postgrad.forgetting.entries import ApplyBody, Finding, RevokeBody
+from postgrad.forgetting.entries import ApplyBody, Finding
+from postgrad.forgetting.ledger_report import limits_table, revocation_notes, verdicts
 from postgrad.forgetting.metrics import h_mean
 from postgrad.forgetting.network_service import NetworkService
-from postgrad.forgetting.policy import judge, read_limits
 from postgrad.forgetting.schedules import TaskSplit
 from postgrad.forgetting.states import states
 from postgrad.forgetting.verification import findings_section
 
+LIMITS_NOTE = "Limits of accuracy are held against AP. Attacks on members and features are not measured for detectors."
 SHOWN = ("ap_r", "ap_r_pretrained", "ap_f", "ap_f_pretrained", "ap_o", "h")
 
 
@@ -71,8 +72,8 @@ def summary(service: NetworkService, before: Found, after: Found) -> dict[str, C
         if values:
             found[f"{name}_worst"] = choose(values)
     found |= {**after.of_groups({"ap_r": kept}), **before.of_groups({"ap_r_base": kept})}
-    verdicts = [verdict for body in bodies for verdict in judge(read_limits(body.policy), body.metrics)]
-    found["limits_failed"] = sum(verdict.outcome == "failed" for verdict in verdicts)
+    judged = verdicts(service.ledger.entries())
+    found["limits_failed"] = sum(verdict.outcome == "failed" for _, verdict in judged)
     found["requests_in_use"] = len(service.active)
     return found
 
@@ -85,8 +86,9 @@ def boxes_sections(
     parts: list[Section] = [requests_table(service)] if bodies else []
     parts += [precision_plot(bodies)] if len(bodies) > 1 else []
     parts += [classes_table(service, before, after)]
-    parts += [limits_table(bodies)] if bodies else []
-    return (*parts, *_revocations(service), findings_section(findings))
+    entries = service.ledger.entries()
+    parts += [limits_table(entries, LIMITS_NOTE)] if bodies else []
+    return (*parts, *revocation_notes(entries, "detector"), findings_section(findings))
 
 
 def requests_table(service: NetworkService) -> Table:
@@ -129,28 +131,3 @@ def classes_table(service: NetworkService, before: Found, after: Found) -> Table
     rows = tuple((service.classes[label], by_label.get(label, "kept"), was[label], now[label]) for label in order)
     note = "On all test images. Forgotten classes first, then those that lost most."
     return Table("Classes", ("class", "request", "AP of the base", "AP now"), rows, note)
-
-
-def limits_table(bodies: Sequence[ApplyBody]) -> Table:
-    """Show what the policy asks and what was found; accuracy is AP here."""
-    rows = tuple(
-        (body.request, verdict.name, verdict.limit, "–" if verdict.found is None else verdict.found, verdict.outcome)
-        for body in bodies
-        for verdict in judge(read_limits(body.policy), body.metrics)
-    )
-    note = "Limits of accuracy are held against AP. Attacks on members and features are not measured for detectors."
-    return Table("Limits of the policy", ("request", "limit", "allowed", "found", "outcome"), rows, note)
-
-
-def _revocations(service: NetworkService) -> list[Section]:
-    bodies = [entry.body for entry in service.ledger.entries() if isinstance(entry.body, RevokeBody)]
-    return [
-        Note(
-            f"Request {body.request} was revoked",
-            "The outputs equal, bit for bit, those of a detector that never had its adapter."
-            if body.bit_exact
-            else "The outputs differ from those of a detector that never had its adapter: do not rely on it.",
-            "good" if body.bit_exact else "warning",
-        )
-        for body in bodies
-    ]

@@ -27,6 +27,7 @@ from postgrad.forgetting.blocks import Block, ffn_blocks
 from postgrad.forgetting.boxes import BoxSet
 from postgrad.forgetting.detection import DetectorObjectiveConfig, detection_forget_step
 from postgrad.forgetting.detector import Detector
+from postgrad.forgetting.erase_config import check_training
 from postgrad.forgetting.losses import group_norms, snap, structure
 
 GONE = 1.0
@@ -111,14 +112,7 @@ def check_erase_boxes(config: EraseBoxesConfig, name: str = "erase") -> None:
         raise ConfigError(f"{name}.blocks: expected at least 1 block to stay, found {config.blocks}.")
     if config.objective.bound <= 0 or config.objective.beta < 0 or config.objective.alpha < 0:
         raise ConfigError(f"{name}.objective: bound must be above 0, beta and alpha at least 0: {config.objective}.")
-    settings = config.train
-    if settings.optim.lr <= 0 or settings.batch_size < 1:
-        raise ConfigError(
-            f"{name}.train: optim.lr must be above 0 and batch_size at least 1; found {settings.optim.lr} and "
-            f"{settings.batch_size}."
-        )
-    if settings.epochs < 1 or settings.epochs % 1 or settings.max_steps:
-        raise ConfigError(f"{name}.train: expected a whole number of epochs, at least 1, and no max_steps.")
+    check_training(config.train, name)
     for key in ("select_epochs", "snap", "floor"):
         if vars(config)[key] < 0:
             raise ConfigError(f"{name}.{key}: expected 0 or more, found {vars(config)[key]}.")

@@ -104,6 +104,20 @@ def epochs_of(config: EraseConfig, epoch_steps: int) -> int:
     return max(1, round(config.train.epochs), -(-config.least_steps // epoch_steps))
 
 
+def check_training(settings: TrainConfig, name: str) -> None:
+    """Refuse to train a request's adapter by other than whole epochs."""
+    if settings.optim.lr <= 0 or settings.batch_size < 1:
+        raise ConfigError(
+            f"{name}.train: optim.lr must be above 0 and batch_size at least 1; found {settings.optim.lr} and "
+            f"{settings.batch_size}"
+        )
+    if settings.epochs < 1 or settings.epochs % 1 or settings.max_steps:
+        raise ConfigError(
+            f"{name}.train: expected epochs, a whole number of at least 1, and no max_steps; found {settings.epochs} "
+            f"and {settings.max_steps}"
+        )
+
+
 def check_erase(config: EraseConfig, name: str = "erase") -> None:
     """Refuse settings that contradict each other."""
     if config.rank < 1 or config.scale <= 0:
@@ -116,17 +130,7 @@ def check_erase(config: EraseConfig, name: str = "erase") -> None:
         raise ConfigError(
             f"{name}.objective: bound must be above 0, beta and alpha at least 0; found {config.objective}"
         )
-    settings = config.train
-    if settings.optim.lr <= 0 or settings.batch_size < 1:
-        raise ConfigError(
-            f"{name}.train: optim.lr must be above 0 and batch_size at least 1; found {settings.optim.lr} and "
-            f"{settings.batch_size}"
-        )
-    if settings.epochs < 1 or settings.epochs % 1 or settings.max_steps:
-        raise ConfigError(
-            f"{name}.train: expected epochs, a whole number of at least 1, and no max_steps; found {settings.epochs} "
-            f"and {settings.max_steps}"
-        )
+    check_training(config.train, name)
     for key in ("alpha_from", "select_epochs", "least_steps", "snap", "patience", "floor"):
         if vars(config)[key] < 0:
             raise ConfigError(f"{name}.{key}: expected 0 or more, found {vars(config)[key]}")

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from postgrad.core.report import Cell, Note, Plot, Section, Series, Table
+from postgrad.core.report import Cell, Plot, Section, Series, Table
 from postgrad.forgetting.bench import Outcome
 from postgrad.forgetting.comparison import Served
-from postgrad.forgetting.entries import ApplyBody, RevokeBody
+from postgrad.forgetting.entries import ApplyBody
 from postgrad.forgetting.leakage_audit import Audit
 from postgrad.forgetting.leakage_report import RECOVERED, leakage_sections
 from postgrad.forgetting.ledger import states
-from postgrad.forgetting.policy import Verdict, judge, read_limits
+from postgrad.forgetting.ledger_report import limits_table, revocation_notes, verdicts
 from postgrad.forgetting.relearn import Relearned
 from postgrad.forgetting.sample_audit import Asked, SampleAudit
 from postgrad.forgetting.sample_report import sample_sections
@@ -33,7 +33,7 @@ def summary(audits: Sequence[Outcome], service: Service) -> dict[str, Cell]:
     if single:
         found["acc_excess_worst"] = max(audit.acc_excess.value for audit in single)
         found["mia_excess_worst"] = max((audit.mia_excess.value for audit in single), key=abs)
-    found["limits_missed"] = sum(not verdict.passed for _, verdict in verdicts(service))
+    found["limits_missed"] = sum(not verdict.passed for _, verdict in verdicts(service.ledger.entries()))
     found["requests_in_use"] = len(service.active)
     return found
 
@@ -62,12 +62,6 @@ def _of_classes(whole: Sequence[Audit]) -> dict[str, Cell]:
     return found
 
 
-def verdicts(service: Service) -> list[tuple[str, Verdict]]:
-    """Hold every request against the limits that were in force."""
-    bodies = [entry.body for entry in service.ledger.entries() if isinstance(entry.body, ApplyBody)]
-    return [(body.request, verdict) for body in bodies for verdict in judge(read_limits(body.policy), body.metrics)]
-
-
 def forget_sections(
     service: Service,
     audits: Sequence[Outcome],
@@ -83,10 +77,11 @@ def forget_sections(
             to tell how fast the classes of each are learnt again.
     """
     ours, _ = by_kind(audits)
+    entries = service.ledger.entries()
     comparison: list[Section] = [comparison_table(ours, others), comparison_plot(ours, others)] if others else []
     last = [*references, ours[-1], *(served.audits[-1] for served in others)] if ours else []
     return (
-        requests_table(service), limits_table(service), *_revocations(service), *comparison,
+        requests_table(service), limits_table(entries), *revocation_notes(entries), *comparison,
         *sample_sections(single), *_relearning(dict(zip(names, audits, strict=False))),
         *(leakage_sections(last) if last else ()),
     )  # fmt: skip
@@ -111,29 +106,6 @@ def requests_table(service: Service) -> Table:
         "their own accuracy, which need not be 0."
     )
     return Table("Requests", columns, tuple(rows), note)
-
-
-def limits_table(service: Service) -> Table:
-    """Show what the policy asks and what was found."""
-    rows = tuple(
-        (request, verdict.name, verdict.limit, "–" if verdict.found is None else verdict.found, verdict.outcome)
-        for request, verdict in verdicts(service)
-    )
-    return Table("Limits of the policy", ("request", "limit", "allowed", "found", "outcome"), rows)
-
-
-def _revocations(service: Service) -> list[Section]:
-    bodies = [entry.body for entry in service.ledger.entries() if isinstance(entry.body, RevokeBody)]
-    return [
-        Note(
-            f"Request {body.request} was revoked",
-            "The outputs equal, bit for bit, those of a model that never had its adapter."
-            if body.bit_exact
-            else "The outputs differ from those of a model that never had its adapter: do not rely on the revocation.",
-            "good" if body.bit_exact else "warning",
-        )
-        for body in bodies
-    ]
 
 
 def _relearning(audits: Mapping[str, Outcome]) -> list[Section]:

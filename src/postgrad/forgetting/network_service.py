@@ -7,7 +7,7 @@ fixed, comes from the caller.
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ from postgrad.core.distributed import first_rank
 from postgrad.core.layer_adapters import activate, adapter_names, base_hashes, drop, import_adapter, pairs
 from postgrad.errors import ArtefactError
 from postgrad.forgetting.blocks import Block
-from postgrad.forgetting.certificate import write_certificate
 from postgrad.forgetting.entries import ApplyBody, Body, Entry, Finding, RevokeBody, digest
 from postgrad.forgetting.ledger import Ledger, current_base, states
 from postgrad.forgetting.policy import PolicyConfig, policy_limits
@@ -28,12 +27,14 @@ from postgrad.forgetting.service_lock import hold
 from postgrad.forgetting.service_parts import (
     PREFIX,
     adapter_name,
+    carried_out,
+    certify,
     check_adapter,
     check_base,
     enter,
     first_body,
     mend,
-    sign,
+    uncertified,
     write_adapter,
 )
 from postgrad.forgetting.verification import hash_files, verify_service
@@ -121,14 +122,8 @@ class NetworkService:
 
         Raises: ArtefactError: another request has its id.
         """
-        bodies = [entry.body for entry in self.ledger.entries() if isinstance(entry.body, ApplyBody)]
-        body = next((body for body in bodies if body.request == request.id), None)
-        if body is not None and replace(known := self.request(request.id), salt=request.salt) != request:
-            raise ArtefactError(
-                f"request {request.id!r} was applied with other content: expected {known.classes}, found "
-                f"{request.classes}. Give the new request an id of its own."
-            )
-        return body
+        entry = carried_out(self.folder, self.ledger.entries(), request)
+        return entry.body if entry is not None and isinstance(entry.body, ApplyBody) else None
 
     def show(self, requests: Sequence[str]) -> None:
         """Have the network answer as with these requests in use, revoked ones too; others are taken off.
@@ -186,14 +181,7 @@ class NetworkService:
         if request not in self.active:
             state = states(self.ledger.entries()).get(request, "unknown")
             raise ArtefactError(f"request {request!r} is {state}, not in use; in use are {list(self.active)}.")
-        left = [each for each in self.active if each != request]
-        self.show(self.active)
-        drop(self.network, adapter_name(request))
-        activate(self.network, [adapter_name(each) for each in left])
-        now = self.answers()
-        self.show(())
-        self.show(left)
-        exact = torch.equal(now, self.answers())
+        exact = self.undone(request)
         self._hashes()  # the base is what it was
         return self._add(
             RevokeBody(
@@ -201,6 +189,16 @@ class NetworkService:
                 code_version=__version__,
             )
         )  # fmt: skip
+
+    def undone(self, request: str) -> bool:
+        """Say whether without a request the network answers, bit for bit, as one that never had its adapter."""
+        left = [each for each in self.active if each != request]
+        self.show(self.active)
+        self.show(left)
+        now = self.answers()
+        self.show(())
+        self.show(left)
+        return torch.equal(now, self.answers())
 
     def findings(self, measure: Callable[[TaskSplit], Mapping[str, float]] | None = None) -> list[Finding]:
         """Check the whole folder against the ledger and the network at hand.
@@ -246,12 +244,8 @@ class NetworkService:
         self._hashes()
         entries = self.ledger.entries()
         first_rank(lambda: mend(self.folder, entries))
-        base_hash = current_base(entries).base_hash
-        for entry in entries:
-            if isinstance(entry.body, ApplyBody) and entry.body.base_hash == base_hash:
-                page = self.folder / "certificates" / f"{entry.body.request}.html"
-                if not first_rank(page.is_file):
-                    self._certify(entry.body, entry)
+        for body, entry in first_rank(lambda: uncertified(self.folder, entries)):
+            self._certify(body, entry)
 
     def _add(self, body: Body) -> Entry:
         return first_rank(lambda: enter(self.ledger, body))
@@ -270,9 +264,4 @@ class NetworkService:
 
     def _certify(self, body: ApplyBody, entry: Entry) -> None:
         identical = self._identical(body.tensors)
-
-        def write() -> None:
-            path = write_certificate(self.folder, entry, self.request(body.request), identical)
-            sign(path.parent, path.name)
-
-        first_rank(write)
+        first_rank(lambda: certify(self.folder, entry, self.request(body.request), identical))

@@ -12,7 +12,7 @@ opened again. An adapter without an entry is what a stopped process left, and is
 
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,7 +27,6 @@ from postgrad.core.vision_models import Classifier, classifier_hash, save_classi
 from postgrad.errors import ArtefactError, GateError
 from postgrad.forgetting.base_record import install_record, prepare_record
 from postgrad.forgetting.blocks import ffn_blocks
-from postgrad.forgetting.certificate import write_certificate
 from postgrad.forgetting.deletion import purge_files
 from postgrad.forgetting.entries import ApplyBody, BakeBody, Body, Entry, RevokeBody, digest
 from postgrad.forgetting.erase import Erased, Material, erase
@@ -43,6 +42,8 @@ from postgrad.forgetting.service_parts import (
     adapter_name,
     answers,
     baked,
+    carried_out,
+    certify,
     check_adapter,
     check_base,
     counts,
@@ -51,7 +52,7 @@ from postgrad.forgetting.service_parts import (
     first_body,
     mend,
     noise,
-    sign,
+    uncertified,
     write_adapter,
 )
 from postgrad.forgetting.verification import hash_files
@@ -127,13 +128,7 @@ class Service:
 
         Raises: ArtefactError: another request has its id.
         """
-        entry = self.applied(request.id)
-        if entry is not None and replace(known := self.request(request.id), salt=request.salt) != request:
-            raise ArtefactError(
-                f"request {request.id!r} was applied with other content: expected {known.classes or known.samples}, "
-                f"found {request.classes or request.samples}. Give the new request an id of its own."
-            )
-        return entry
+        return carried_out(self.folder, self.ledger.entries(), request)
 
     def request(self, name: str) -> ForgetRequest:
         """Read a request that was applied."""
@@ -329,13 +324,8 @@ class Service:
             if name.startswith(PREFIX):
                 drop(network, name)
         self.show(self.active)
-        base_hash = current_base(entries).base_hash
-        for entry in entries:
-            # one of a base before cannot be made anew: the list of its tensors is gone
-            if isinstance(entry.body, ApplyBody) and entry.body.base_hash == base_hash:
-                page = self.folder / "certificates" / f"{entry.body.request}.html"
-                if not first_rank(page.is_file):
-                    self._certify(entry.body, entry)
+        for body, entry in first_rank(lambda: uncertified(self.folder, entries)):
+            self._certify(body, entry)
         self._seen = entries[-1].hash
 
     def _check_current(self) -> None:
@@ -363,12 +353,7 @@ class Service:
 
     def _certify(self, body: ApplyBody, entry: Entry) -> None:
         identical = self._identical(body.tensors)
-
-        def write() -> None:
-            path = write_certificate(self.folder, entry, self.request(body.request), identical)
-            sign(path.parent, path.name)
-
-        first_rank(write)
+        first_rank(lambda: certify(self.folder, entry, self.request(body.request), identical))
 
     def _body(
         self, request: ForgetRequest, material: Material, erased: Erased, configs: tuple[EraseConfig, PolicyConfig],

@@ -6,6 +6,7 @@ Letters: N images, K classes.
 import copy
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,13 +20,14 @@ from postgrad.core.vision import ImageSet
 from postgrad.core.vision_models import Classifier
 from postgrad.errors import ArtefactError
 from postgrad.forgetting.base_record import mend_record, read_name
+from postgrad.forgetting.certificate import write_certificate
 from postgrad.forgetting.deletion import forget_note
 from postgrad.forgetting.entries import ApplyBody, BaseBody, Body, Entry, digest
 from postgrad.forgetting.erase import Erased, Material
 from postgrad.forgetting.ledger import HEAD, Ledger, current_base, states, write_base
 from postgrad.forgetting.metrics import accuracy
 from postgrad.forgetting.policy import SINGLE
-from postgrad.forgetting.request import ForgetRequest, write_request
+from postgrad.forgetting.request import ForgetRequest, read_request, write_request
 from postgrad.forgetting.signature import VARIABLE, sign_file
 from postgrad.forgetting.verification import hash_files
 from postgrad.forgetting.views import View
@@ -170,6 +172,38 @@ def differences(before: Float[Tensor, "N K"], after: Float[Tensor, "N K"]) -> di
     """Say how far two models' answers are apart."""
     same = (before.argmax(1) == after.argmax(1)).double().mean()
     return {"logit_difference": float((after - before).abs().max()), "same_answers": 100.0 * float(same)}
+
+
+def carried_out(folder: Path, entries: Sequence[Entry], request: ForgetRequest) -> Entry | None:
+    """Find the entry of this very request; its salt may be another.
+
+    Raises: ArtefactError: another request has its id.
+    """
+    found = [e for e in entries if isinstance(e.body, ApplyBody) and e.body.request == request.id]
+    known = read_request(folder / "adapters" / request.id / "request.json") if found else request
+    if replace(known, salt=request.salt) != request:
+        raise ArtefactError(
+            f"request {request.id!r} was applied with other content: expected {known.classes or known.samples}, "
+            f"found {request.classes or request.samples}. Give the new request an id of its own."
+        )
+    return found[-1] if found else None
+
+
+def certify(folder: Path, entry: Entry, request: ForgetRequest, identical: Mapping[str, str]) -> None:
+    """Write a request's certificate, and sign it."""
+    path = write_certificate(folder, entry, request, identical)
+    sign(path.parent, path.name)
+
+
+def uncertified(folder: Path, entries: Sequence[Entry]) -> list[tuple[ApplyBody, Entry]]:
+    """List the requests whose certificate a stopped process did not come to write.
+
+    One of a base before cannot be made anew: the list of its tensors is gone.
+    """
+    now, pages = current_base(entries).base_hash, folder / "certificates"
+    applied = [(each.body, each) for each in entries if isinstance(each.body, ApplyBody)]
+    mine = [(body, each) for body, each in applied if body.base_hash == now]
+    return [(body, each) for body, each in mine if not (pages / f"{body.request}.html").is_file()]
 
 
 def sign(folder: Path, *names: str) -> None:

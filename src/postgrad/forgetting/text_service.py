@@ -55,17 +55,6 @@ def revoke_texts(service: NetworkService, request: str) -> Entry:
     return service.revoke(request, none)
 
 
-def undone(service: NetworkService, request: str) -> bool:
-    """Say whether without a request the model answers, bit for bit, as one that never had its adapter."""
-    left = [each for each in service.active if each != request]
-    service.show(service.active)
-    service.show(left)
-    now = service.answers()
-    service.show(())
-    service.show(left)
-    return torch.equal(now, service.answers())
-
-
 def loading_problems(folder: Path, model: nn.Module, base_name: str) -> list[Finding]:
     """Load each request's adapter in turn, and list those that cannot be; nothing is written."""
     service, found = text_service(folder, model, base_name), list[Finding]()

@@ -61,7 +61,7 @@ from postgrad.forgetting.text_batches import Packing, phases
 from postgrad.forgetting.text_losses import BASELINES, TextObjectiveConfig, unlearn_loss
 from postgrad.forgetting.text_measures import Known, know
 from postgrad.forgetting.text_rows import Sources, Trees, read_texts, tokenised, with_facts
-from postgrad.forgetting.text_service import LIMITS, rows_of, text_service, undone
+from postgrad.forgetting.text_service import LIMITS, rows_of, text_service
 from postgrad.forgetting.unlearn_report import (
     Found,
     Record,
@@ -251,7 +251,7 @@ def _serve(config: UnlearnConfig, bench: Bench, service: NetworkService, earlier
             manifest_hash=manifest_hash(request.salt, request.samples), config=dump_config(config), seed=job.seed,
             hardware=str(job.device), metrics=recorded(found), policy=LIMITS,
         ))  # fmt: skip
-    record = Record(undone(service, request.id), service.findings())
+    record = Record(service.undone(request.id), service.findings())
     sections = (*unlearn_sections(found, others, record), *outcome.sections, counts_table(bench.trees.counts))
     return Report("unlearn", job.folder, summary(found, record), sections)
 
