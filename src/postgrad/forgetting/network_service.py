@@ -169,7 +169,7 @@ class NetworkService:
             policy=policy_limits(carried.policy),
         )  # fmt: skip
         entry = self._add(body)
-        self._certify(body, entry)
+        self._certify(entry, request, identical)
         return entry
 
     def revoke(self, request: str, metrics: Callable[[], Mapping[str, float]]) -> Entry:
@@ -245,7 +245,7 @@ class NetworkService:
         entries = self.ledger.entries()
         first_rank(lambda: mend(self.folder, entries))
         for body, entry in first_rank(lambda: uncertified(self.folder, entries)):
-            self._certify(body, entry)
+            self._certify(entry, self.request(body.request), self._identical(body.tensors))
 
     def _add(self, body: Body) -> Entry:
         return first_rank(lambda: enter(self.ledger, body))
@@ -262,6 +262,5 @@ class NetworkService:
     def _identical(self, touched: Sequence[str]) -> dict[str, str]:
         return {name: value for name, value in sorted(self._hashes().items()) if name not in touched}
 
-    def _certify(self, body: ApplyBody, entry: Entry) -> None:
-        identical = self._identical(body.tensors)
-        first_rank(lambda: certify(self.folder, entry, self.request(body.request), identical))
+    def _certify(self, entry: Entry, request: ForgetRequest, identical: Mapping[str, str]) -> None:
+        first_rank(lambda: certify(self.folder, entry, request, identical))

@@ -7,6 +7,7 @@ Differs: the exponent comes from frexp, where floor(log2(largest / amax)) is one
          to the largest number, since releases of torch disagree on what a cast makes of it.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -63,7 +64,7 @@ def scale_for(amax: Float[Tensor, ""], format: Format, before: Float[Tensor, ""]
 
     Args: before: what an amax of 0, or one that is not finite, gives; 1 by default.
     """
-    limit, limit_exponent = torch.frexp(torch.tensor(format.largest, device=amax.device))
+    limit, limit_exponent = math.frexp(format.largest)
     significand, exponent = torch.frexp(amax.float())
     over = (significand > limit).int()
     scale = power_of_two((limit_exponent - exponent - over).clamp(-MAX_EXPONENT, MAX_EXPONENT))
