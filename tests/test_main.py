@@ -215,3 +215,25 @@ def test_config_class_is_found_by_name(toy: Path) -> None:
 
 def test_errno_of_a_full_disk_is_what_the_toy_says() -> None:
     assert errno.ENOSPC == 28
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--lr", "0.5"], "lr = 0.5"),
+        (["--optim.lr=0.5"], "lr = 0.5"),
+        (["--precision.level", "O2"], 'level = "O2"'),
+        (["--save_every", "7"], "save_every = 7"),
+        (["--no-deterministic"], "deterministic = false"),
+        (["--runtime.no-deterministic"], "deterministic = false"),
+    ],
+)
+def test_the_end_of_a_settings_name_is_enough(flags: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", *flags, "--dry-run"]) == 0
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_an_end_of_several_names_is_refused_with_their_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", "--path", "x"]) == 2
+    error = capsys.readouterr().err
+    assert "--path: several settings end so: --model.path, --data.path." in error

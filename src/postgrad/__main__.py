@@ -1,6 +1,7 @@
 """The command line: postgrad METHOD [recipe.toml] [--field value] [--dry-run].
 
-Settings come from the defaults, then the recipe, then the flags. Nothing heavy is imported before a method is
+Settings come from the defaults, then the recipe, then the flags; of a flag's name its end is enough where no other
+ends so. Nothing heavy is imported before a method is
 named, so `postgrad --help` answers at once.
 """
 
@@ -16,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from postgrad import __version__
-from postgrad.core.config import dump_config, load_config
-from postgrad.errors import Interrupted, PostgradError, UserError
+from postgrad.core.config import dump_config, flatten_config, load_config
+from postgrad.errors import ConfigError, Interrupted, PostgradError, UserError
 from postgrad.methods import METHODS, config_class, method, summary
 
 OK, FAILED, MISUSED, STOPPED = 0, 1, 2, 130
@@ -81,10 +82,36 @@ def _configure(name: str, arguments: list[str]) -> Any:
     description = (
         f"{summary(name)}\n\n"
         "recipe.toml holds settings, under the names listed here; a flag wins over it. "
+        "Of a name like --train.optim.lr its end is enough, --optim.lr or --lr, where no other ends so. "
         "--dry-run prints the settings and the plan, and stops."
     )
+    arguments = [_spelled_out(argument, list(flatten_config(default))) for argument in arguments]
     prog = f"postgrad {name} [recipe.toml]"
     return tyro.cli(cls, args=arguments, default=default, prog=prog, description=description)
+
+
+def _spelled_out(argument: str, keys: Sequence[str]) -> str:
+    """Complete a flag that is the end of one setting's name; leave anything else to the parser.
+
+    Raises:  ConfigError: several settings end so.
+    """
+    flag, equals, value = argument.partition("=")
+    if not flag.startswith("--"):
+        return argument
+    known = [key.replace("_", "-") for key in keys]
+    head, dot, last = flag.removeprefix("--").replace("_", "-").rpartition(".")
+    for prefix in ("", "no-"):  # a switch is turned off by --a.b.no-c
+        name = f"{head}{dot}{last.removeprefix(prefix)}"
+        if name in known:
+            return argument
+        found = [key for key in known if key.endswith(f".{name}") and last.startswith(prefix)]
+        if len(found) > 1:
+            listed = ", ".join(f"--{key}" for key in found)
+            raise ConfigError(f"{flag}: several settings end so: {listed}. Write one out.")
+        if found:
+            start, dot, leaf = found[0].rpartition(".")
+            return f"--{start}{dot}{prefix}{leaf}{equals}{value}"
+    return argument
 
 
 def _print_methods() -> None:

@@ -1,7 +1,8 @@
 """Checkpoints: what trains and how far it is, written whole or not at all, with a hash for each file.
 
 checkpoints/step-00000100/
-    model.safetensors      the parameters that train (with LoRA: the adapters) and the model's own buffers
+    model.safetensors      the parameters that train (with LoRA: the adapters) and the model's own buffers; of one that
+                           is kept as several tensors, each: <parameter>.<tensor>
     optimizer.safetensors  <parameter>/<name of the state>
     state.json             step, settings of the optimizer's state that are no tensors, and what the caller
     adds manifest.json          sha256 and size of the three
@@ -13,7 +14,8 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -23,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from postgrad.core.files import flush
 from postgrad.errors import ArtefactError
@@ -33,7 +36,13 @@ State = dict[str, Any]
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, extra: Mapping[str, Any], keep: int = 2
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    extra: Mapping[str, Any],
+    keep: int = 2,
+    state: State | None = None,
 ) -> Path:
     """Write a checkpoint beside the earlier ones, then delete all but the last `keep`.
 
@@ -41,6 +50,7 @@ def save_checkpoint(
     stay valid. The bytes depend on nothing but the arguments.
 
     Args:    folder: holds the checkpoints of a run.   extra: anything JSON can say, handed back when loading.
+             state: the optimizer's state_dict(), where ranks have to gather it together; asked of it by default.
     Raises:  ArtefactError: the disk is full or cannot be written.
     """
     path = folder / f"step-{step:08d}"
@@ -48,7 +58,8 @@ def save_checkpoint(
     try:
         temporary.mkdir(parents=True)
         _clear_leftovers(folder, but=temporary)
-        _write_files(temporary, step, model, optimizer, extra)
+        kept = _optimizer_state(model, optimizer, optimizer.state_dict() if state is None else state)
+        _write_files(temporary, step, model, kept, extra)
         _replace_folder(temporary, path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -112,12 +123,24 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """List what a checkpoint holds of a model: parameters that train, buffers that are part of its state."""
     kept = model.state_dict(keep_vars=True)
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
-    return {name: param for name, param in model.named_parameters() if param.requires_grad} | buffers
+    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    return dict(part for name, param in params.items() for part in _parts(name, param)) | buffers
 
 
-def _write_files(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, extra: Mapping[str, Any]) -> None:
+def _parts(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
+    """List the plain tensors that a tensor is made of, itself where it is one."""
+    if is_traceable_wrapper_subclass(tensor):
+        for inner in tensor.__tensor_flatten__()[0]:
+            yield f"{name}.{inner}", attrgetter(inner)(tensor)
+    else:
+        yield name, tensor
+
+
+def _write_files(
+    folder: Path, step: int, model: nn.Module, kept: tuple[dict[str, Tensor], State], extra: Mapping[str, Any]
+) -> None:
     """Write the files and their manifest, all flushed to disk."""
-    tensors, numbers = _optimizer_state(model, optimizer)
+    tensors, numbers = kept
     save_file(_plain(model_tensors(model)), folder / "model.safetensors")
     save_file(_plain(tensors), folder / "optimizer.safetensors")
     state = {"step": step, "optimizer": numbers, "extra": dict(extra)}
@@ -178,7 +201,7 @@ def _compare(path: Path, stored: Mapping[str, Tensor], own: Mapping[str, Tensor]
         if here != there:
             raise ArtefactError(
                 f"{path} belongs to another model: '{name}' is {here} in the model and {there} in the checkpoint. "
-                "Use the model the run was started with, or another runtime.folder."
+                "Use the model and the precision the run was started with, or another runtime.folder."
             )
 
 
@@ -186,11 +209,11 @@ def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], State]:
+def _optimizer_state(model: nn.Module, optimizer: Optimizer, stored: State) -> tuple[dict[str, Tensor], State]:
     """Split the optimizer's state into tensors and the rest, under the names of the parameters."""
     tensors: dict[str, Tensor] = {}
     numbers: State = {}
-    state = optimizer.state_dict()["state"]
+    state = stored["state"]
     for index, name in enumerate(_names(model, optimizer)):
         for key, value in state.get(index, {}).items():
             if isinstance(value, Tensor):

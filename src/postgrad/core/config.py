@@ -92,6 +92,28 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """FP8 training: which numbers have 8 bits, and how they are rounded and sent."""
+
+    level: Literal["off", "O1", "O2", "O3"] = "off"
+    """"O1": products, gradients and their sums over ranks; "O2": the optimizer too; "O3": dealt out to the ranks."""
+    reduction: Literal["a2a", "native"] = "a2a"
+    """Sums over ranks: "a2a" adds in float32 after one exchange; "native" adds in FP8, scaled by the paper's mu."""
+    scaling: Literal["jit", "delayed"] = "jit"
+    """Scales of products: measured just in time, or the greatest of the last 16 steps."""
+    scales: Literal["predictive", "jit"] = "predictive"
+    """Scales of the optimizer's states: bounds known before the step, or measured as the paper does."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Rounding of weights and states."""
+    state: Literal["paper", "e4m3_v", "e4m3_master", "bf16_master"] = "paper"
+    """Formats of O2 and O3; all but "paper" are its ablations, which lose accuracy."""
+    min_size: int = 256
+    """Linear layers with fewer inputs or outputs keep their precision; 16 is the least."""
+    watch_every: int = 0
+    """Steps between measurements of underflow, saturation and noise of every tensor; 0 = none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How long to train, on how much at a time, and what to keep."""
 
@@ -113,6 +135,8 @@ class TrainConfig:
     """Number of checkpoints kept; older ones are deleted."""
     optim: OptimConfig = OptimConfig()
     """The optimizer."""
+    precision: PrecisionConfig = PrecisionConfig()
+    """FP8, or not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,14 +161,14 @@ class RuntimeConfig:
     """Print no progress."""
 
 
-def load_config(cls: type[Config], path: Path | str) -> Config:
-    """Read a recipe strictly; what it does not set keeps its default.
+def load_config(cls: type[Config], path: Path | str, what: str = "recipe") -> Config:
+    """Read a recipe, or another file of settings, strictly; what it does not set keeps its default.
 
-    Args:    path: TOML, or JSON when the name ends in .json.
+    Args:    path: TOML, or JSON when the name ends in .json.  what: the file is, for errors.
     Raises:  ConfigError: no such file, bad syntax, unknown or missing key, wrong type; with file and key.
     """
     path = Path(path)
-    return _build(cls, _read(path), _Place(path, cls))
+    return _build(cls, _read(path, what), _Place(path, cls))
 
 
 def dump_config(config: Any) -> str:
@@ -194,11 +218,11 @@ class _Place:
         return ConfigError(f"{self.path}: {self.key}: {message}" if self.key else f"{self.path}: {message}")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, what: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: expected a recipe, a TOML or JSON file; {error.strerror}.") from error
+        raise ConfigError(f"{path}: expected a {what}, a TOML or JSON file; {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: expected UTF-8 text; {error}.") from error
     parse = _parse_json if path.suffix == ".json" else tomllib.loads

@@ -18,31 +18,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import Parameter
-from torch.optim import Optimizer
 
 from postgrad.core.ahead import Ahead, Batches
 from postgrad.core.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from postgrad.core.config import TrainConfig
-from postgrad.core.distributed import (
-    all_reduce_gradients,
-    broadcast_parameters,
-    first_rank,
-    on_every_rank,
-)
+from postgrad.core.distributed import broadcast_parameters, first_rank, on_every_rank
 from postgrad.core.files import flush
-from postgrad.core.optim import global_norm, gradients, make_optimizer, scale_gradients, schedule, set_lr
-from postgrad.core.precision import autocast
-from postgrad.core.report import METRICS, TIMING, Report, log_metrics, training_sections
+from postgrad.core.optim import schedule, set_lr
+from postgrad.core.precision import autocast, updates_of
+from postgrad.core.report import METRICS, TIMING, Report, log_metrics, read_metrics, training_sections
 from postgrad.core.run_folder import cut_log
 from postgrad.core.runtime import Job, progress, stage_seed, stop_on_signals
+from postgrad.core.sections import Section
 from postgrad.core.tally import LOSS, Loss, Metric, Tally, means, total_up
+from postgrad.core.updates import Updates
 from postgrad.errors import ArtefactError, ConfigError, DataError, Diverged, Interrupted
 
 __all__ = ["ENOUGH", "Batches", "Loss", "Metric", "train"]
 
 ENOUGH = "enough"
 """A figure of an evaluation: above 0, training ends there."""
+MOST_SKIPPED = 10
+"""Steps in a row that training of few bits leaves out, their gradients not being finite, before it gives up."""
 
 LossFunction = Callable[[Any, int], Loss]
 Evaluate = Callable[[int], Mapping[str, float]]
@@ -53,8 +50,7 @@ class _Run:
     """What stays the same from step to step."""
 
     model: nn.Module
-    params: list[Parameter]
-    optimizer: Optimizer
+    updates: Updates
     batches: Batches
     loss_fn: LossFunction
     evaluate: Evaluate | None
@@ -76,12 +72,15 @@ class _State:
     """Where training stands: what a checkpoint holds besides tensors.
 
     sums: by name, sum and weight since the last row of metrics.jsonl.   results: of the last evaluation.
+    skipped: steps left out, in all and in a row.
     """
 
     step: int = 0
     tokens: int = 0
     sums: dict[str, list[float]] = field(default_factory=dict)
     results: dict[str, float] = field(default_factory=dict)
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
 
 def train(
@@ -101,7 +100,8 @@ def train(
              evaluate: number of steps taken -> figures; run without gradients, in evaluation mode, on every rank. A
              figure ENOUGH above 0 ends the training.
     Returns: a report with the last evaluation's figures (without `evaluate`: the last loss) and the curves.
-    Raises:  Diverged: a loss or gradient norm is not finite; no step was taken with it.
+    Raises:  Diverged: a loss or gradient norm is not finite; no step was taken with it. Training in FP8 goes on
+             without such steps, counts them, and raises at the tenth in a row.
              Interrupted: a signal asked to stop; the state is saved.
              ArtefactError: the checkpoints are damaged or belong to another model or data.
     """
@@ -123,8 +123,8 @@ def train(
             if step.stop:
                 raise Interrupted(f"Step {state.step} of {run.total} is saved in {run.checkpoints}.")
     model.eval()
-    run.optimizer.zero_grad()
-    sections = training_sections(job.folder) if job.rank == 0 else ()
+    run.updates.finish()
+    sections = _sections(run) if job.rank == 0 else ()
     return Report(job.method, job.folder, state.results, sections)
 
 
@@ -142,8 +142,9 @@ def _prepare(
         raise ConfigError(f"{type(model).__name__} has no parameter that trains: all are frozen.")
     if len(batches) == 0:
         raise DataError("There is no step to train: the data is empty. Check data.path and train.epochs.")
-    optimizer = make_optimizer(params, config.optim)
-    return _Run(model, params, optimizer, batches, loss_fn, evaluate, config, job)
+    broadcast_parameters(params)
+    updates = on_every_rank(lambda: updates_of(model, params, config, job))
+    return _Run(model, updates, batches, loss_fn, evaluate, config, job)
 
 
 def _resume(run: _Run) -> _State:
@@ -151,14 +152,13 @@ def _resume(run: _Run) -> _State:
     path = first_rank(lambda: latest_checkpoint(run.checkpoints))
     state = _State()
     if path is not None:
-        extra = on_every_rank(lambda: load_checkpoint(path, run.model, run.optimizer))
+        extra = on_every_rank(lambda: load_checkpoint(path, run.model, run.updates.optimizer))
         if extra["total"] != run.total:
             raise ArtefactError(
                 f"{path} belongs to a run of {extra['total']} steps, but the data now makes {run.total}. "
                 "Bring the data back as it was, or choose another runtime.folder."
             )
         state = _State(**extra["state"])
-    broadcast_parameters(run.params)
 
     def cut() -> None:
         for name in (METRICS, TIMING):
@@ -171,19 +171,17 @@ def _resume(run: _Run) -> _State:
 def _take_step(run: _Run, state: _State, ahead: Ahead) -> Tally:
     """Compute one optimizer step and take it."""
     _seed(run.job, "step", state.step, run.job.rank)
+    run.updates.begin(state.step)
     step = _accumulate(run, state.step, ahead)
-    all_reduce_gradients(run.params)
-    found = gradients(run.params)
-    total_up(step, global_norm(found), run.names, run.job)
-    _refuse(run, state, step)
-    assert found, "the loss depends on no parameter that trains: none received a gradient"
+    run.updates.reduce()
+    total_up(step, run.updates.norm(), run.names, run.job)
+    if not _refuse(run, state, step):
+        return step
     optim = run.config.optim
-    scale_gradients(found, weight=step.sums[LOSS][1], norm=step.norm, clip=optim.clip)
     shape: dict[str, Any] = {"kind": optim.schedule, "warmup": optim.warmup, "final": optim.final}
     factor = schedule(state.step, run.total, **shape, stairs=optim.stairs)
-    set_lr(run.optimizer, optim.lr * factor)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    set_lr(run.updates.optimizer, optim.lr * factor)
+    step.measured = dict(run.updates.step(step.sums[LOSS][1], step.norm, optim.clip))
     return step
 
 
@@ -204,8 +202,8 @@ def _accumulate(run: _Run, number: int, ahead: Ahead) -> Tally:
     return step
 
 
-def _refuse(run: _Run, state: _State, step: Tally) -> None:
-    """Raise instead of taking a step that failed, counts nothing, or is not finite."""
+def _refuse(run: _Run, state: _State, step: Tally) -> bool:
+    """Raise instead of taking a step that failed, counts nothing, or is not finite; False: leave it out and go on."""
     if step.error is not None:
         raise step.error
     total, weight = step.sums[LOSS]
@@ -217,7 +215,13 @@ def _refuse(run: _Run, state: _State, step: Tally) -> None:
         )
     assert weight > 0, f"the weight of a loss must be >= 0, found {weight}"
     if math.isfinite(total) and math.isfinite(step.norm):
-        return
+        state.skipped_in_a_row = 0
+        return True
+    state.skipped_in_a_row += 1
+    if state.skipped_in_a_row < MOST_SKIPPED and run.updates.skip():
+        state.skipped += 1
+        step.sums.clear()
+        return False
     found = ", ".join(f"{name} {value:.4g}" for name, value in means(step.sums).items())
     good = list_checkpoints(run.checkpoints)
     raise Diverged(
@@ -236,6 +240,8 @@ def _record(run: _Run, state: _State, step: Tally, clock: "_Clock") -> str:
         entry[0] += value
         entry[1] += weight
     clock.lap(step.tokens)
+    if step.measured and run.job.rank == 0:
+        log_metrics(run.job.folder, {"step": state.step, **step.measured})
     note = _log(run, state, step, clock) if _due(run, state.step, run.config.log_every) else ""
     if run.evaluate is not None and _due(run, state.step, run.config.eval_every):
         _evaluate(run, run.evaluate, state)
@@ -247,16 +253,16 @@ def _log(run: _Run, state: _State, step: Tally, clock: "_Clock") -> str:
     """Write a row of means since the last row, and one of seconds; return a note for the screen."""
     shown = means(state.sums)
     state.sums.clear()
+    if LOSS not in shown:
+        return f"{state.skipped} steps left out"
     loss = shown.pop(LOSS)
     if run.evaluate is None:
         state.results = {LOSS: loss}
     timing = clock.row()
     if run.job.rank == 0:
-        optimizer = {
-            "lr": run.optimizer.param_groups[0]["lr"],
-            "grad_norm": step.norm / step.sums[LOSS][1],
-            "tokens": state.tokens,
-        }
+        norm = step.norm / step.sums[LOSS][1] if step.sums else math.nan
+        optimizer = {"lr": run.updates.optimizer.param_groups[0]["lr"], "grad_norm": norm, "tokens": state.tokens}
+        optimizer |= {"skipped_steps": state.skipped} if state.skipped else {}
         row = {"step": state.step, LOSS: loss, **dict(sorted(shown.items())), **optimizer}
         log_metrics(run.job.folder, row)
         log_metrics(run.job.folder, {"step": state.step, **timing}, TIMING)
@@ -280,16 +286,23 @@ def _evaluate(run: _Run, evaluate: Evaluate, state: _State) -> None:
         log_metrics(run.job.folder, {"step": state.step, **row})
 
 
+def _sections(run: _Run) -> tuple[Section, ...]:
+    """Plot what was logged."""
+    return (*training_sections(run.job.folder), *run.updates.sections(read_metrics(run.job.folder)))
+
+
 def _save(run: _Run, state: _State) -> None:
     """Write a checkpoint, after the log rows that belong to it."""
     extra = {"total": run.total, "state": asdict(state)}
+    optimizer = run.updates.optimizer
+    kept = optimizer.state_dict()  # the ranks may have to bring it together
 
     def write() -> None:
         for path in (run.job.folder / METRICS, run.job.folder / TIMING):
             if path.exists():
                 flush(path)
         keep = run.config.keep_checkpoints
-        save_checkpoint(run.checkpoints, state.step, run.model, run.optimizer, extra, keep)
+        save_checkpoint(run.checkpoints, state.step, run.model, optimizer, extra, keep, kept)
 
     first_rank(write)
 

@@ -33,6 +33,7 @@ from postgrad.core.sections import (
 
 __all__ = [
     "METRICS",
+    "TENSORS",
     "TIMING",
     "Cell",
     "Note",
@@ -54,6 +55,8 @@ MAX_TERMINAL_ROWS = 16
 MAX_TERMINAL_CHARS = 160
 UNPLOTTED = frozenset({"step", "tokens", "seconds"})
 """Logged counters whose curve would say nothing."""
+TENSORS = "tensors"
+"""The key of figures of single tensors, thousands of them: whoever logs them plots them."""
 _TONES = {"info": "blue", "good": "green", "warning": "yellow"}
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -124,7 +127,7 @@ def _columns(rows: Iterable[Mapping[str, object]]) -> dict[str, dict[float, floa
         step = row.get("step")
         if not isinstance(step, int | float):
             continue
-        for key, value in _leaves("", row):
+        for key, value in _leaves("", {name: value for name, value in row.items() if name != TENSORS}):
             if key not in UNPLOTTED and isinstance(value, int | float) and is_number(value):
                 columns.setdefault(key, {})[float(step)] = float(value)
     return columns

@@ -37,7 +37,8 @@ class Tally:
     """What one step found.
 
     entries: of this rank, a name, a sum and a weight for each figure of each micro-batch.
-    sums: over all ranks, by name.
+    sums: over all ranks, by name; empty where the step was left out.
+    measured: of the tensors themselves, where that was due.
     """
 
     entries: list[tuple[str, Tensor | float, float]] = field(default_factory=list)
@@ -46,6 +47,7 @@ class Tally:
     norm: float = 0.0
     stop: bool = False
     error: Exception | None = None
+    measured: dict[str, object] = field(default_factory=dict)
 
     def add(self, loss: Loss) -> None:
         """Add a micro-batch's figures, without its graph."""
