@@ -143,8 +143,8 @@ def expected(world: int) -> Found:
     return found
 
 
-def start_ranks(folder: Path, world: int) -> list[Found]:
-    """Start the processes as torchrun does, and return what each of them found."""
+def start_ranks(folder: Path, world: int, script: str = __file__, *arguments: str) -> list[Found]:
+    """Start the processes of a script as torchrun does, and return what each of them found."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -152,7 +152,7 @@ def start_ranks(folder: Path, world: int) -> list[Found]:
     for rank in range(world):
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
         environment = {**os.environ, "MASTER_ADDR": "localhost", **{key: str(value) for key, value in ranks.items()}}
-        command = [sys.executable, __file__, str(folder)]
+        command = [sys.executable, script, str(folder), *arguments]
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     for process in processes:
         _, errors = process.communicate(timeout=110)

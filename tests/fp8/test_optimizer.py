@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from postgrad.errors import ArtefactError, ConfigError
-from postgrad.fp8.adam import Hyper, StateFormats, Store, start, step_states
-from postgrad.fp8.numerics import E4M3, F16, dequantize, quantize
+from postgrad.fp8.adam import F32, Gradient, Hyper, StateFormats, Store, hold, start, step_states
+from postgrad.fp8.numerics import E4M3, F16, Quantized, dequantize, quantize
 from postgrad.fp8.optimizer import Fp8AdamW
 from postgrad.fp8.scaled import ScaledTensor
 
@@ -77,7 +77,7 @@ def test_stored_gradients_make_the_same_step_as_gradients_quantised_late():
 
 
 @pytest.mark.parametrize(
-    "state", [StateFormats(m=m, v=v) for m in (E4M3, F16) for v in (E4M3, F16)] + ["fp32"], ids=str
+    "state", [StateFormats(m=m, v=v) for m in (E4M3, F16) for v in (E4M3, F16)] + ["fp32", "O1"], ids=str
 )
 def test_four_steps_stay_near_torchs(state):
     """The reference's own test: lr and decay 1e-3; within 3e-4, where half a step of FP16 at 0.5 is 1.2e-4."""
@@ -157,7 +157,10 @@ def test_clipping_and_division_are_folded_into_the_step():
     optimizer.step(divide=8.0, max_norm=1.0)
     assert optimizer.grad_norm == 5
     now = Hyper(0.1, 0.9, 0.95, 1e-8, 0.1, 1)
-    expected = step_states(start(torch.ones(2, 2), StateFormats()), g * 8 * (0.2 / 8), now, StateFormats(), Store())
+    formats = StateFormats()
+    gradient = Gradient(Quantized(g * 8, torch.ones(()), F32), torch.tensor(32.0))
+    begun = start(hold(torch.ones(2, 2), formats.master), formats)
+    expected = step_states(begun, gradient, now, factor=0.2 / 8, store=Store())
     assert param.codes.equal(expected.master.q.codes)
     assert optimizer.state[param]["exp_avg_sq"].equal(expected.v.q.codes)
     param.grad = g / 100

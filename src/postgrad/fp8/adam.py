@@ -10,16 +10,31 @@ Differs: predictive scales and the guard are additions. In exact arithmetic Adam
          Rounded states break that: to nearest, the lowest codes of m stop decaying when gradients end; at random, a
          gradient too small for v may still leave m, and the update is up to m / eps. The guard cuts updates at 2 U, so
          that the bound of A_w' holds too.
+
+A step goes through a tensor in slices and writes in place, so that it never holds float32 of a tensor's size.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from postgrad.fp8.numerics import E4M3, F16, Format, Quantized, Rounding, amax_of, dequantize, quantize, scale_for
+from postgrad.fp8.numerics import (
+    E4M3,
+    F16,
+    Format,
+    Quantized,
+    Rounding,
+    amax_of,
+    dequantize,
+    quantize,
+    round_with,
+    scale_for,
+)
 
 Scales = Literal["predictive", "jit"]
 BF16 = Format("BF16", torch.bfloat16, torch.finfo(torch.bfloat16).max)
@@ -28,7 +43,11 @@ F32 = Format("F32", torch.float32, torch.finfo(torch.float32).max)
 """Full precision; it needs no scale."""
 GUARD = 2.0
 """Times the largest update of exact Adam: what the guard lets through, so that rounding of states is not cut."""
-_SLACK = 1 + 2**-18  # what float32 may add to a bound when it is computed
+SLACK = 1 + 2**-18
+"""Times a bound: what float32 may add to it when it is computed."""
+SMALLEST_SLICE, LARGEST_SLICE, NUM_SLICES = 2**14, 2**20, 1024
+"""Of a tensor's elements: a 1024th at a time, between these, takes below 0.2 bytes an element of a large tensor."""
+_MASK, _GOLDEN, _MULTIPLIERS = 0xFFFFFFFF, 0x9E3779B9, (0x21F0AAAD, 0xD35A2D97)
 
 
 @dataclass(frozen=True)
@@ -45,12 +64,14 @@ class StateFormats:
 STATES = {
     "paper": StateFormats(),
     "fp32": StateFormats(F32, F32, F32, F32, guard=False),
+    "O1": StateFormats(master=F16, m=F32, v=F32),
     "bf16": StateFormats(BF16, BF16, BF16, BF16, guard=False),
     "bf16_master": StateFormats(master=BF16, guard=False),
     "e4m3_master": StateFormats(master=E4M3, guard=False),
     "e4m3_v": StateFormats(v=E4M3, guard=False),
 }
-"""Named choices; all after "fp32" lose accuracy or diverge: they are the paper's ablations, as it ran them."""
+"""Named choices: "paper" is its level O2, "O1" has moments of full precision. All after that lose accuracy or diverge:
+they are the paper's ablations, as it ran them."""
 
 
 class Hyper(NamedTuple):
@@ -79,12 +100,44 @@ class Moments(NamedTuple):
     v: Held
 
 
+class Gradient(NamedTuple):
+    """A gradient's codes, and the amax it was scaled by: not finite if any of its summands was not.
+
+    No value of the codes is above that amax, rounded as they were: bounds of the next states count on it.
+    """
+
+    q: Quantized
+    amax: Float[Tensor, ""]
+
+
 class Store(NamedTuple):
-    """How to store: which scales, which rounding, and the generator of stochastic rounding."""
+    """How to store: which scales, which rounding, the seed of stochastic rounding, and whether to compile the step."""
 
     scales: Scales = "predictive"
     rounding: Rounding = "nearest"
-    generator: torch.Generator | None = None
+    seed: int = 0
+    compile: bool = False
+
+
+class Coefficients(NamedTuple):
+    """The numbers of one step, each rounded to float32 where it is used; `limit` is infinite without the guard."""
+
+    beta1: float | Tensor
+    rest1: float | Tensor
+    beta2: float | Tensor
+    rest2: float | Tensor
+    root2: float | Tensor
+    eps: float | Tensor
+    limit: float | Tensor
+    shrink: float | Tensor
+    rate: float | Tensor
+
+
+class Bounds(NamedTuple):
+    """The numbers of the bound of A_w': |1 - lr wd| and lr times what the guard lets through."""
+
+    shrink: float
+    add: float
 
 
 def needs_scale(format: Format) -> bool:
@@ -92,27 +145,28 @@ def needs_scale(format: Format) -> bool:
     return format.largest <= F16.largest
 
 
-def hold(
-    x: Float[Tensor, "*shape"], format: Format, scale: Float[Tensor, ""] | None = None, store: Store | None = None
-) -> Held:
-    """Store a tensor with a scale, just in time by default, and note the amax of what was stored."""
-    store = store or Store()
-    if not needs_scale(format):
-        scale = torch.ones((), device=x.device)
-    exact = format.dtype == x.dtype
-    rounding = "nearest" if exact else store.rounding
-    return noted(quantize(x, format, scale, rounding=rounding, generator=store.generator))
+def hold(x: Float[Tensor, "*shape"], format: Format) -> Held:
+    """Store a tensor with a scale just in time, if its format has any, and note the amax of what was stored."""
+    return noted(quantize(x, format, None if needs_scale(format) else torch.ones((), device=x.device)))
 
 
 def noted(q: Quantized) -> Held:
     """Note the amax of stored values."""
-    return Held(q, amax_of(q.codes) / q.scale)
+    codes = flat(q.codes)
+    return Held(q, _greatest([amax_of(codes[part]) for part in slices(codes.numel())], codes.device) / q.scale)
 
 
-def start(x: Float[Tensor, "*shape"], formats: StateFormats) -> Moments:
+def start(master: Held, formats: StateFormats) -> Moments:
     """Return the states before the first step: the weight, and moments of 0."""
-    zero = torch.zeros(x.shape, device=x.device)
-    return Moments(hold(x, formats.master), hold(zero, formats.m), hold(zero, formats.v))
+    shape, device = master.q.codes.shape, master.q.codes.device
+    m, v = (
+        Held(
+            Quantized(torch.zeros(shape, dtype=format.dtype, device=device), torch.ones((), device=device), format),
+            torch.zeros((), device=device),
+        )
+        for format in (formats.m, formats.v)
+    )
+    return Moments(master, m, v)
 
 
 def update_limit(hyper: Hyper) -> float:
@@ -123,27 +177,59 @@ def update_limit(hyper: Hyper) -> float:
     return float((1 - hyper.beta1) / correct1 * (correct2 / (1 - hyper.beta2) * powers) ** 0.5)
 
 
+def hyper_of(group: Mapping[str, Any], step: int) -> Hyper:
+    """Return the settings of a step of an optimizer's group."""
+    beta1, beta2 = group["betas"]
+    return Hyper(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], step)
+
+
+def coefficients(hyper: Hyper, guard: bool) -> Coefficients:
+    """Return the numbers of a step."""
+    correct1, correct2 = 1 - hyper.beta1**hyper.step, 1 - hyper.beta2**hyper.step
+    return Coefficients(
+        beta1=hyper.beta1,
+        rest1=1 - hyper.beta1,
+        beta2=hyper.beta2,
+        rest2=1 - hyper.beta2,
+        root2=correct2**0.5,
+        eps=hyper.eps,
+        limit=GUARD * update_limit(hyper) * correct1 if guard else float("inf"),
+        shrink=1 - hyper.lr * hyper.weight_decay,
+        rate=hyper.lr / correct1,
+    )
+
+
+def bounds_of(hyper: Hyper) -> Bounds:
+    """Return the numbers of the bound of A_w'."""
+    return Bounds(abs(1 - hyper.lr * hyper.weight_decay), GUARD * update_limit(hyper) * hyper.lr)
+
+
 def adam(
     w: Float[Tensor, "*shape"],
     m: Float[Tensor, "*shape"],
     v: Float[Tensor, "*shape"],
     g: Float[Tensor, "*shape"],
-    hyper: Hyper,
-    guard: bool,
+    k: Coefficients,
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
-    """Return w', m', v' in float32; every product is rounded before it is added (no fused multiply-add)."""
-    m = m * hyper.beta1 + g * (1 - hyper.beta1)
-    v = v * hyper.beta2 + (g * (1 - hyper.beta2)) * g
-    correct1, correct2 = 1 - hyper.beta1**hyper.step, 1 - hyper.beta2**hyper.step
-    update = m / (v.sqrt() / correct2**0.5 + hyper.eps)
-    if guard:
-        limit = GUARD * update_limit(hyper) * correct1
-        update = update.clamp(-limit, limit)
-    return w * (1 - hyper.lr * hyper.weight_decay) - update * (hyper.lr / correct1), m, v
+    """Return w', m', v' in float32; every product is rounded before it is added (no fused multiply-add).
+
+    The root goes through float64, which rounds it correctly: float32 roots of libraries differ in the last bit.
+    """
+    m = m * k.beta1 + g * k.rest1
+    v = v * k.beta2 + (g * k.rest2) * g
+    root = v.double().sqrt().to(v.dtype)
+    update = m / (root / k.root2 + k.eps)
+    update = update.clamp(-k.limit, k.limit)  # type: ignore[arg-type]
+    return w * k.shrink - update * k.rate, m, v
+
+
+def stored_amax(gradient: Gradient) -> Float[Tensor, ""]:
+    """Return the amax of a gradient's stored values, from the amax that it was scaled by: rounding keeps the order."""
+    return dequantize(quantize(gradient.amax, gradient.q.format, gradient.q.scale))
 
 
 def predicted_scales(
-    before: Moments, amax: Float[Tensor, ""], hyper: Hyper, formats: StateFormats
+    before: Moments, amax: Float[Tensor, ""], hyper: Hyper
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
     """Return the scales of w', m', v' from upper bounds, without a look at w', m' or v'.
 
@@ -151,42 +237,129 @@ def predicted_scales(
 
     Args: amax: of the gradient that the step takes, clipping included.
     """
-    shrink = abs(1 - hyper.lr * hyper.weight_decay)
+    of_master = bounds_of(hyper)
     bounds = (
-        before.master.amax * shrink + GUARD * update_limit(hyper) * hyper.lr,
+        before.master.amax * of_master.shrink + of_master.add,
         before.m.amax * hyper.beta1 + amax * (1 - hyper.beta1),
         before.v.amax * hyper.beta2 + (amax * (1 - hyper.beta2)) * amax,
     )
-    wanted = (formats.master, formats.m, formats.v)
     master, m, v = (
-        scale_for(bound * _SLACK, _with_room(format), held.q.scale)
-        for bound, format, held in zip(bounds, wanted, before, strict=True)
+        scale_for(bound * SLACK, with_room(held.q.format), held.q.scale) if needs_scale(held.q.format) else held.q.scale
+        for bound, held in zip(bounds, before, strict=True)
     )
     return master, m, v
 
 
 def step_states(
-    before: Moments,
-    g: Float[Tensor, "*shape"],
-    hyper: Hyper,
-    formats: StateFormats,
-    store: Store,
+    before: Moments, gradient: Gradient, hyper: Hyper, *, guard: bool = True, factor: float = 1.0, store: Store
 ) -> Moments:
-    """Take one step of one parameter and store it.
+    """Take one step of one parameter; codes are written in place, scales and amaxes are new tensors.
 
-    Args: g: the gradient's values, clipped; finite.
+    Args: gradient: finite.   factor: times the gradient, clipping for example.
     """
-    w, m, v = (dequantize(held.q) for held in before)
-    w, m, v = adam(w, m, v, g, hyper, formats.guard)
-    scales: tuple[Tensor | None, ...] = (None, None, None)
+    stored = (*(held.q for held in before), gradient.q)
+    codes, scales = [flat(q.codes) for q in stored], [q.scale for q in stored]
+    device, num = codes[0].device, codes[0].numel()
+    parts = [slice(0, num)] if store.compile and num else slices(num)
+    look, write = (_compiled(_look), _compiled(_write)) if store.compile else (_look, _write)
+    numbers = torch.tensor([*coefficients(hyper, guard), factor], device=device)
+    formats = [held.q.format for held in before]
     if store.scales == "predictive":
-        scales = predicted_scales(before, amax_of(g), hyper, formats)
-    return Moments(
-        hold(w, formats.master, scales[0], store),
-        hold(m, formats.m, scales[1], store),
-        hold(v, formats.v, scales[2], store),
-    )
+        after = list(predicted_scales(before, stored_amax(gradient) * numbers[-1], hyper))
+    else:
+        seen = [look([x[part] for x in codes], scales, numbers) for part in parts]
+        after = [
+            scale_for(_greatest([amaxes[i] for amaxes in seen], device), format) if needs_scale(format) else scales[i]
+            for i, format in enumerate(formats)
+        ]
+    keys = torch.tensor(noise_keys(store.seed), device=device) if store.rounding == "stochastic" else None
+    for part in parts:
+        write([x[part] for x in codes], scales, after, numbers, formats, keys, part.start)
+    for q, values in zip(stored[:3], codes, strict=False):
+        if not q.codes.is_contiguous():
+            q.codes.copy_(values.view(q.codes.shape))
+    w, m, v = (noted(held.q._replace(scale=scale)) for held, scale in zip(before, after, strict=True))
+    return Moments(w, m, v)
 
 
-def _with_room(format: Format) -> Format:
+def _look(codes: list[Tensor], scales: list[Tensor], numbers: Float[Tensor, " K"]) -> list[Tensor]:
+    """Return the amaxes of w', m', v' before they are rounded."""
+    return [amax_of(x) for x in _next(codes, scales, numbers)]
+
+
+def _write(
+    codes: list[Tensor],
+    scales: list[Tensor],
+    after: list[Tensor],
+    numbers: Float[Tensor, " K"],
+    formats: list[Format],
+    keys: Int[Tensor, "3 2"] | None,
+    start: int,
+) -> None:
+    """Write w', m', v' over the codes before."""
+    for i, x in enumerate(_next(codes, scales, numbers)):
+        scaled = (x * after[i]).clamp(-formats[i].largest, formats[i].largest)
+        if keys is not None and formats[i].dtype != torch.float32:
+            scaled = round_with(scaled, formats[i], noise(keys[i], start, x.numel()))
+        codes[i].copy_(scaled)
+
+
+def _next(codes: list[Tensor], scales: list[Tensor], numbers: Float[Tensor, " K"]) -> tuple[Tensor, Tensor, Tensor]:
+    w, m, v, g = (x.float() / scale for x, scale in zip(codes, scales, strict=True))
+    *k, factor = numbers.unbind()
+    return adam(w, m, v, g * factor, Coefficients(*k))
+
+
+@cache
+def _compiled(function: Any) -> Any:
+    """Compile for vectors of any length; float32 products stay unfused, as in the reference."""
+    options: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "off"}
+    return torch.compile(function, dynamic=True, fullgraph=True, options=options)
+
+
+def slices(num: int) -> list[slice]:
+    """Cut a vector into slices that are small beside it."""
+    size = min(max(num // NUM_SLICES, SMALLEST_SLICE), LARGEST_SLICE)
+    return [slice(first, min(first + size, num)) for first in range(0, num, size)]
+
+
+def flat(x: Tensor) -> Tensor:
+    """Return a tensor as a vector: the same memory where it is contiguous."""
+    return x.reshape(-1)
+
+
+def noise_keys(seed: int) -> list[list[int]]:
+    """Return two 32-bit keys for each of w, m, v."""
+    return [[_spread(seed + 2 * i), _spread(seed + 2 * i + 1)] for i in range(3)]
+
+
+def noise(keys: Int[Tensor, "2"], start: int, num: int) -> Int[Tensor, " num"]:
+    """Return 32 random bits for each element from `start` on: a hash of its index and the keys, the same anywhere."""
+    index = torch.arange(num, device=keys.device) + start
+    first = _mix((index & _MASK) ^ keys[0])
+    return _mix(first ^ keys[1] ^ (((index >> 32) * _GOLDEN) & _MASK))
+
+
+def _mix(x: Int[Tensor, " num"]) -> Int[Tensor, " num"]:
+    """Mix 32 bits so that each comes to depend on all; products wrap around at 64 bits, of which 32 are kept."""
+    x = ((x ^ (x >> 16)) * _MULTIPLIERS[0]) & _MASK
+    x = ((x ^ (x >> 15)) * _MULTIPLIERS[1]) & _MASK
+    return x ^ (x >> 15)
+
+
+def _spread(x: int) -> int:
+    """Turn a 64-bit number into 32 mixed bits."""
+    x = (x * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
+    return (x ^ (x >> 31)) & _MASK
+
+
+def _greatest(amaxes: list[Tensor], device: torch.device) -> Float[Tensor, ""]:
+    """Return the greatest of some amaxes, NaN if any is."""
+    return torch.stack(amaxes).amax() if amaxes else torch.zeros((), device=device)
+
+
+def with_room(format: Format) -> Format:
+    """Return the format as predicted scales see it: 16 bits keep the upper half of their range free."""
     return replace(format, largest=format.largest / 2) if format.dtype == torch.float16 else format

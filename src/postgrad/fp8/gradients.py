@@ -6,9 +6,8 @@ again: each adds one rounding, about 30 dB below the sum.
 Source:  FP8-LM (arXiv 2310.18313), section 2.1.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -16,35 +15,54 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from postgrad.errors import ConfigError
-from postgrad.fp8.adam import needs_scale
+from postgrad.fp8.adam import Gradient, flat, needs_scale, slices
 from postgrad.fp8.numerics import E4M3, Format, Quantized, amax_of, dequantize, quantize, scale_for
 
 
-class Gradient(NamedTuple):
-    """A gradient's codes, and the amax it was scaled by: not finite if any of its summands was not."""
-
-    q: Quantized
-    amax: Float[Tensor, ""]
-
-
 def take(x: Float[Tensor, "*shape"], format: Format = E4M3) -> Gradient:
-    """Store a gradient with a scale just in time."""
-    amax = amax_of(x)
-    scale = scale_for(amax, format) if needs_scale(format) else torch.ones_like(amax)
-    return Gradient(quantize(x, format, scale), amax)
+    """Store a gradient with a scale just in time; float32 that stays float32 is not copied."""
+    if not needs_scale(format):
+        amax = amax_of(x)
+        return Gradient(Quantized(x.detach().to(format.dtype), torch.ones_like(amax), format), amax)
+    values = flat(x.detach())
+    return _store(lambda part: values[part], x, amax_of(x), format)
 
 
 def add(before: Gradient, x: Float[Tensor, "*shape"]) -> Gradient:
     """Add the gradient of another micro-batch: values in float32, then new codes with a new scale."""
-    total = take(dequantize(before.q) + x.float(), before.q.format)
-    return Gradient(total.q, torch.where(before.amax.isfinite(), total.amax, before.amax))
+    codes, values = flat(before.q.codes), flat(x.detach())
+
+    def total(part: slice) -> Tensor:
+        return dequantize(before.q._replace(codes=codes[part])) + values[part]
+
+    amax = torch.stack([before.amax * 0, *(amax_of(total(part)) for part in slices(x.numel()))]).amax()
+    return _store(total, x, amax, before.q.format)
+
+
+def _store(values: Callable[[slice], Tensor], like: Tensor, amax: Float[Tensor, ""], format: Format) -> Gradient:
+    """Turn values into codes, slice by slice."""
+    scale = scale_for(amax, format) if needs_scale(format) else torch.ones_like(amax)
+    codes = torch.empty(like.shape, dtype=format.dtype, device=like.device)
+    for part in slices(like.numel()):
+        flat(codes)[part] = quantize(values(part), format, scale).codes
+    return Gradient(Quantized(codes, scale, format), amax)
 
 
 def global_norm(gradients: Iterable[Quantized]) -> Float[Tensor, ""]:
-    """Return the norm of all gradients taken as one vector, from their codes, in float64: it cannot overflow."""
-    norms = [torch.linalg.vector_norm(q.codes.float()).double() / q.scale for q in gradients]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
-    return norm
+    """Return the norm of all gradients taken as one vector, from their codes, in float64.
+
+    It cannot overflow; the squares of 8-bit codes add up without rounding.
+    """
+    squares = [square_of(q) for q in gradients]
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
+
+
+def square_of(q: Quantized) -> Float[Tensor, ""]:
+    """Return the sum of a gradient's squares, in float64."""
+    codes = flat(q.codes)
+    parts = [codes[part].double().square().sum() for part in slices(codes.numel())]
+    total = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64, device=codes.device)
+    return total / q.scale.double().square()
 
 
 class Gradients:
@@ -73,6 +91,10 @@ class Gradients:
     def of(self, param: Tensor) -> Gradient | None:
         """Return a parameter's gradient, or None where no backward pass reached it."""
         return self._held.get(param)
+
+    def pop(self, param: Tensor) -> Gradient | None:
+        """Return a parameter's gradient and let go of it."""
+        return self._held.pop(param, None)
 
     def put(self, param: Tensor, gradient: Gradient) -> None:
         """Replace a parameter's gradient, by one summed over ranks for example."""

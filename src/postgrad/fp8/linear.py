@@ -12,14 +12,13 @@ multiplied in float32. Nothing falls back to 16 bits: a device or a dtype that c
 Letters: M rows of all batch axes, K inputs, N outputs of a layer, W steps of the window.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -28,12 +27,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from postgrad.errors import ModelError
-from postgrad.fp8.numerics import E4M3, E5M2, Format, Quantized, amax_of, dequantize, quantize, scale_for
+from postgrad.fp8.numerics import E4M3, E5M2, Format, Quantized, amax_of, quantize, scale_for
+from postgrad.fp8.products import ALIGNMENT, product, turned
+from postgrad.fp8.scaled import codes_in
 
 Scaling = Literal["jit", "delayed"]
 _M = TypeVar("_M", bound=nn.Module)
-ALIGNMENT = 16
-"""Rows and columns of a product on CUDA come in multiples of this; others are padded with zeros."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (8, 9)
 _INFINITE = 0x7F800000
@@ -59,52 +58,6 @@ class LinearConfig:
     """Patterns, with * and ?, of layers to swap; one fits a whole dotted name or one part of it."""
     skip: tuple[str, ...] = ("lm_head", "classifier", "score", "head", "embed_out", "qa_outputs", "router", "lora_*")
     """Patterns of layers to leave alone, as in `take`."""
-
-
-def padded_size(size: int, multiple: int = ALIGNMENT) -> int:
-    """Return the least multiple that is not below the size."""
-    return -(-size // multiple) * multiple
-
-
-def product(
-    a: Quantized, b: Quantized, dtype: torch.dtype = torch.float32, *, fast: bool = False
-) -> Float[Tensor, "M N"]:
-    """Return a b^T of codes [M, K] and [N, K]: in float32 on a CPU, by `scaled_product` on CUDA.
-
-    Args: fast: accumulate less exactly, in fewer bits than float32; a CPU does not know the difference.
-    """
-    kind = a.codes.device.type
-    if kind == "cuda":
-        return scaled_product(a, b, dtype, fast=fast)
-    with torch.autocast(kind, enabled=False):
-        values: Tensor = dequantize(a) @ dequantize(b).T
-    return values.to(dtype)
-
-
-def scaled_product(
-    a: Quantized, b: Quantized, dtype: torch.dtype = torch.float32, *, fast: bool = False
-) -> Float[Tensor, "M N"]:
-    """Return a b^T by torch's scaled product, which wants a by rows, b^T by columns, K and N multiples of 16."""
-    rows, columns = len(a.codes), len(b.codes)
-    if not a.codes.numel() or not b.codes.numel():
-        return torch.zeros(rows, columns, dtype=dtype, device=a.codes.device)
-    left, right = _padded(a.codes, rows), _padded(b.codes, padded_size(columns))
-    inverse_a, inverse_b = a.scale.reciprocal(), b.scale.reciprocal()
-    values: Tensor = torch._scaled_mm(left, right.T, inverse_a, inverse_b, out_dtype=dtype, use_fast_accum=fast)
-    return values[:, :columns]
-
-
-def _padded(codes: Tensor, rows: int) -> Tensor:
-    """Return codes [M, K], row by row, with zeros up to these rows and a multiple of 16 columns."""
-    below, right = rows - codes.shape[0], padded_size(codes.shape[1]) - codes.shape[1]
-    if below or right:
-        codes = F.pad(codes.view(torch.uint8), (0, right, 0, below)).view(codes.dtype)
-    return codes.contiguous()
-
-
-def _turned(q: Quantized) -> Quantized:
-    """Return a matrix's transpose."""
-    return Quantized(q.codes.T, q.scale, q.format)
 
 
 class _Delay(NamedTuple):
@@ -143,7 +96,7 @@ class _Linear(torch.autograd.Function):
 
         Args: scale: of x.   delay: of dy, a `_Delay`.
         """
-        q_x, q_w = quantize(x, E4M3, scale), quantize(weight, E4M3, _scale(weight, E4M3, _Delay()))
+        q_x, q_w = quantize(x, E4M3, scale), codes_in(weight, E4M3)
         ctx.save_for_backward(q_x.codes, q_x.scale, weight, q_w.scale)
         # Not saved as the others are: a later micro-batch writes to the window before this one's gradient comes.
         ctx.window, ctx.ready, ctx.recording = delay
@@ -159,9 +112,9 @@ class _Linear(torch.autograd.Function):
         q_dy = quantize(gradient, E5M2, _scale(gradient, E5M2, delay))
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = product(q_dy, _turned(quantize(weight, E4M3, w_scale)), ctx.dtypes[0])
+            dx = product(q_dy, turned(codes_in(weight, E4M3, w_scale)), ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            dw = product(_turned(q_dy), _turned(Quantized(codes, x_scale, E4M3)), ctx.dtypes[1])
+            dw = product(turned(q_dy), turned(Quantized(codes, x_scale, E4M3)), ctx.dtypes[1])
         return dx, dw, None, None, None
 
 
@@ -197,6 +150,18 @@ class Fp8Product(nn.Module):
         delay = (gradients, self.gradient_ready, self.training)
         y: Tensor = _Linear.apply(flat, weight, scale, dtype, delay)  # type: ignore[no-untyped-call]
         return y.reshape(*x.shape[:-1], weight.shape[0])
+
+    def scale_of(self, x: Float[Tensor, "M _"], format: Format) -> Float[Tensor, ""]:
+        """Return the scale that an input, in E4M3, or a gradient of the output, in E5M2, has at this step."""
+        window = None if self.amaxes is None else self.amaxes[0 if format == E4M3 else 1]
+        ready = self.input_ready if format == E4M3 else self.gradient_ready
+        return _scale(x, format, _Delay(window, ready))
+
+    def resume(self, filled: Sequence[int]) -> None:
+        """Go on with windows of x and dy that have so many steps in them."""
+        assert self.amaxes is not None
+        self.filled = list(filled)
+        self.input_ready, self.gradient_ready = (n == self.amaxes.shape[1] - 1 for n in self.filled)
 
     def note_step(self, finite: tuple[bool, bool]) -> None:
         """Count a step into the windows of x and dy, or empty them after a number not finite."""
@@ -278,15 +243,15 @@ def roll_windows(model: nn.Module) -> None:
     DistributedDataParallel broadcast_buffers=False, or all ranks use the first one's.
     """
     products = [module for module in model.modules() if isinstance(module, Fp8Product) and module.amaxes is not None]
-    buffers = [product.amaxes for product in products if product.amaxes is not None]
+    buffers = [one.amaxes for one in products if one.amaxes is not None]
     if not buffers:
         return
     device = buffers[0].device
     steps = torch.stack([amaxes[:, 0].to(device) for amaxes in buffers]).tolist()
-    for product, amaxes, (x, dy) in zip(products, buffers, steps, strict=True):
+    for one, amaxes, (x, dy) in zip(products, buffers, steps, strict=True):
         amaxes.copy_(amaxes.roll(1, dims=1))
         amaxes[:, 0].zero_()
-        product.note_step((x < _INFINITE, dy < _INFINITE))
+        one.note_step((x < _INFINITE, dy < _INFINITE))
 
 
 def roll_after(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:

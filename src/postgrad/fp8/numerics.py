@@ -127,7 +127,7 @@ def round_with(
 
 def _exponent(number: float) -> int:
     """Return e of number = m * 2^e with m in [1/2, 1)."""
-    return int(torch.frexp(torch.tensor(number)).exponent)
+    return math.frexp(number)[1]
 
 
 def share_saturated(q: Quantized) -> Float[Tensor, ""]:

@@ -8,14 +8,19 @@ Parameters of fewer than two axes (biases, scales of norms) keep full precision.
 with {"params": [...], "state": "fp32"}. A parameter without gradient is left as it is: no decay, no step counted. If
 any gradient is not finite no parameter changes, and the step is counted in `skipped`.
 
+States, codes and scales are written in place. Every back end gives the same bits, but for "compile" on a GPU, whose
+compiler may fuse a product with a sum.
+
 Source:  FP8-LM (arXiv 2310.18313), section 2.2; the formulas are in `postgrad.fp8.adam`.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -25,18 +30,21 @@ from postgrad.fp8.adam import (
     BF16,
     F32,
     STATES,
+    Gradient,
     Held,
-    Hyper,
     Moments,
     Scales,
     StateFormats,
     Store,
+    hyper_of,
+    needs_scale,
     noted,
     start,
     step_states,
 )
-from postgrad.fp8.gradients import Gradient, Gradients, global_norm, take
-from postgrad.fp8.numerics import E4M3, E5M2, F16, Format, Quantized, Rounding, dequantize
+from postgrad.fp8.fused import Backend, Item, check_backend, choose, fused_norm, fused_step, fusible
+from postgrad.fp8.gradients import Gradients, global_norm, take
+from postgrad.fp8.numerics import E4M3, E5M2, F16, Format, Quantized, Rounding
 from postgrad.fp8.scaled import ScaledTensor, scale_parameter_
 
 _FORMATS = {format.name: format for format in (E4M3, E5M2, F16, BF16, F32)}
@@ -52,13 +60,37 @@ class _Work(NamedTuple):
     place: int
 
 
+class Storing(TypedDict, total=False):
+    """How states are stored, and by which back end."""
+
+    scales: Scales
+    rounding: Rounding
+    backend: Backend
+    max_norm: float
+
+
+class _Known(NamedTuple):
+    """The amax of a weight's codes, as long as nobody writes to them; writes through `.data` go unseen."""
+
+    codes: Tensor
+    versions: tuple[int, int, int]
+    amax: Tensor
+
+    def holds(self, param: ScaledTensor) -> bool:
+        """Say whether the weight is as it was."""
+        return self.codes is param.codes and self.versions == _versions(param)
+
+
 class Fp8AdamW(Optimizer):
     """AdamW whose states are codes with scales; the parameters it is given become codes too, in place.
 
     Args:    betas: beta1^2 < beta2 (see `postgrad.fp8.adam`); the paper's by default, as is weight_decay.
              state: a name in STATES or formats; a group may have its own.   scales: "predictive" needs one pass and
-             cannot overflow; "jit" looks at the new states first, as the paper does.   rounding: of states and weights;
-             "stochastic" draws from torch's initial seed, the step and the parameter's place, so that it resumes.
+             cannot overflow; "jit" looks at the new states first, as the paper does.   rounding: of states and weights,
+             "nearest" by default; "stochastic" draws from torch's initial seed, the step and the parameter's place, so
+             that it resumes.   backend: "auto" is "triton" on CUDA where Triton is installed, else "torch"; "compile"
+             is torch.compile of "torch". It is no part of a checkpoint.   max_norm: what gradients are cut to where
+             `step` does not say; 0, the default, = no cut.
     """
 
     def __init__(
@@ -69,14 +101,20 @@ class Fp8AdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         state: str | StateFormats = "paper",
-        scales: Scales = "predictive",
-        rounding: Rounding = "nearest",
+        **storing: Unpack[Storing],
     ) -> None:
         """Check the settings and turn the parameters into codes."""
+        if unknown := set(storing) - set(Storing.__annotations__):
+            raise ConfigError(f"Fp8AdamW has no setting {', '.join(sorted(unknown))}")
+        self.backend = storing.get("backend", "auto")
+        check_backend(self.backend)
+        self.max_norm = storing.get("max_norm", 0.0)
         self.gradients = Gradients()
         self.grad_norm = torch.zeros((), dtype=torch.float64)
+        self._known: dict[Tensor, _Known] = {}
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "state": state}
-        defaults |= {"scales": scales, "rounding": rounding, "seed": torch.initial_seed() % 2**31, "skipped": 0}
+        defaults |= {"scales": storing.get("scales", "predictive"), "rounding": storing.get("rounding", "nearest")}
+        defaults |= {"seed": torch.initial_seed() % 2**31, "skipped": 0}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -94,11 +132,28 @@ class Fp8AdamW(Optimizer):
         """Steps that were not taken because a gradient was not finite."""
         return int(self.param_groups[0]["skipped"])
 
+    def step_of(self, param: Tensor) -> int:
+        """Return how many steps a parameter has taken."""
+        return int(self.state.get(param, {}).get("step", 0))
+
+    def moments_of(self, param: Tensor, group: dict[str, Any]) -> Moments:
+        """Return a parameter of a group and its moments as they are stored, not copies; 0 before the first step."""
+        state, formats, master = self.state.get(param, {}), formats_of(param, group), self._master(param)
+        if not state:
+            return start(master, formats)
+        return Moments(master, _loaded(state, "exp_avg", formats.m), _loaded(state, "exp_avg_sq", formats.v))
+
     def store_gradients(self) -> None:
-        """Let backward passes leave codes instead of `param.grad`, for the parameters kept as codes."""
+        """Let backward passes leave codes instead of `param.grad`, for the parameters whose gradients have few bits."""
         for group in self.param_groups:
+            format = _formats(group["state"]).gradient
             coded = [param for param in group["params"] if param.requires_grad and _is_coded(param)]
-            self.gradients.attach(coded, _formats(group["state"]).gradient)
+            self.gradients.attach(coded if needs_scale(format) else [], format)
+
+    @torch.no_grad()
+    def norm(self) -> Float[Tensor, ""]:
+        """Return the norm of all gradients as one vector, in float64; NaN where one is not finite."""
+        return self._norm([item.gradient for item in self._work()])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, codes too."""
@@ -107,11 +162,20 @@ class Fp8AdamW(Optimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: Callable[[], float] | None = None, *, divide: float = 1.0, max_norm: float = 0.0
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        divide: float = 1.0,
+        max_norm: float | None = None,
+        norm: Tensor | None = None,
     ) -> float | None:
         """Take one step, with gradients divided by a number and cut to a norm of at most `max_norm`; 0 = no cut.
 
-        Both are folded into the gradients' scales. The norm before the cut is left in `grad_norm`.
+        None stands for the optimizer's own. Both are folded into the gradients' scales. The norm after the division,
+        before the cut, is left in `grad_norm`. The host waits for the device once, for the norm.
+
+        Args: norm: of all gradients before the division, if it is known already, over all ranks for example; a step
+              is skipped too where it is not finite.
         """
         loss = None
         if closure is not None:
@@ -120,15 +184,16 @@ class Fp8AdamW(Optimizer):
         work = list(self._work())
         if not work:
             return loss
-        if not torch.stack([item.gradient.amax for item in work]).isfinite().all():
+        norm = self._norm([item.gradient for item in work], norm) / divide
+        value = norm.item()
+        if not math.isfinite(value):
             for group in self.param_groups:
                 group["skipped"] += 1
             return loss
-        self.grad_norm = global_norm(item.gradient.q for item in work) / divide
-        norm = self.grad_norm.item()
-        cut = max_norm / norm if 0 < max_norm < norm else 1.0
-        for item in work:
-            self._step_one(item, cut / divide)
+        self.grad_norm = norm
+        limit = self.max_norm if max_norm is None else max_norm
+        cut = limit / value if 0 < limit < value else 1.0
+        self._take(work, cut / divide, choose(self.backend, work[0].param.device))
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -156,33 +221,57 @@ class Fp8AdamW(Optimizer):
                     yield _Work(param, group, gradient, place)
                 place += 1
 
-    def _step_one(self, work: _Work, factor: float) -> None:
-        """Step one parameter with its gradient times a factor."""
-        param, group, state = work.param, work.group, self.state[work.param]
-        formats = formats_of(param, group)
-        master = _master(param)
-        if not state:
-            moments = start(dequantize(master.q), formats)
-            state["step"] = 0
-        else:
-            moments = Moments(master, _loaded(state, "exp_avg", formats.m), _loaded(state, "exp_avg_sq", formats.v))
-        beta1, beta2 = group["betas"]
-        hyper = Hyper(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], state["step"] + 1)
-        generator = None
-        if group["rounding"] == "stochastic":
-            seed = (group["seed"] * _SEED_STEP + hyper.step) * _SEED_STEP + work.place
-            generator = torch.Generator(param.device).manual_seed(seed % 2**63)
-        g = dequantize(work.gradient.q) * factor
-        after = step_states(
-            moments._replace(master=master), g, hyper, formats, Store(group["scales"], group["rounding"], generator)
-        )
+    def _norm(self, gradients: list[Gradient], norm: Tensor | None = None) -> Float[Tensor, ""]:
+        """Return the norm, known or measured, and NaN where a gradient is not finite."""
+        if not gradients:
+            return torch.zeros((), dtype=torch.float64)
+        amaxes = torch.stack([gradient.amax for gradient in gradients])
+        if norm is None:
+            fused = choose(self.backend, amaxes.device) == "triton"
+            norm = (fused_norm if fused else global_norm)(gradient.q for gradient in gradients)
+        return torch.where(amaxes.isfinite().all(), norm.to(amaxes.device), math.nan)
+
+    def _take(self, work: list[_Work], factor: float, backend: Backend) -> None:
+        """Step all parameters: those that kernels can take at once, the others one by one."""
+        items = [self._item(one, factor, compiled=backend == "compile") for one in work]
+        fused = [backend == "triton" and fusible(item.moments, item.gradient) for item in items]
+        fused_step(item for item, is_fused in zip(items, fused, strict=True) if is_fused)
+        for one, item, is_fused in zip(work, items, fused, strict=True):
+            after = item.moments
+            if not is_fused:
+                after = step_states(after, item.gradient, item.hyper, guard=item.guard, factor=factor, store=item.store)
+            self._keep(one.param, after)
+            self.state[one.param]["step"] = item.hyper.step
+
+    def _item(self, work: _Work, factor: float, *, compiled: bool) -> Item:
+        """Gather what the step of one parameter needs."""
+        param, group = work.param, work.group
+        hyper = hyper_of(group, self.step_of(param) + 1)
+        seed = (group["seed"] * _SEED_STEP + hyper.step) * _SEED_STEP + work.place
+        store = Store(group["scales"], group["rounding"], seed % 2**63, compiled)
+        guard = formats_of(param, group).guard
+        return Item(self.moments_of(param, group), work.gradient, hyper, factor, guard, store)
+
+    def _master(self, param: Tensor) -> Held:
+        """Read a parameter and its amax, which is measured anew where anyone has written to it since the last step."""
+        if not isinstance(param, ScaledTensor):
+            one = torch.ones((), device=param.device)
+            return Held(Quantized(param.detach().float(), one, F32), torch.zeros_like(one))
+        known = self._known.get(param)
+        if known is not None and known.holds(param):
+            return Held(param.quantized, known.amax)
+        return noted(param.quantized)
+
+    def _keep(self, param: Tensor, after: Moments) -> None:
+        """Keep what a step has left; codes that were written in place are there already."""
+        state, master = self.state[param], after.master
         if isinstance(param, ScaledTensor):
-            param.store(after.master.q)
-        else:
-            param.copy_(after.master.q.codes)
-        _save(state, "exp_avg", after.m)
-        _save(state, "exp_avg_sq", after.v)
-        state["step"] = hyper.step
+            param.scale.copy_(master.q.scale)
+            self._known[param] = _Known(param.codes, _versions(param), master.amax)
+        elif master.q.codes.data_ptr() != param.data_ptr():
+            param.copy_(master.q.codes)
+        for key, held in (("exp_avg", after.m), ("exp_avg_sq", after.v)):
+            state[key], state[f"{key}_scale"], state[f"{key}_amax"] = held.q.codes, held.q.scale, held.amax
 
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         """Refuse states of other formats or shapes before anything is taken over."""
@@ -204,6 +293,11 @@ def formats_of(param: Tensor, group: dict[str, Any]) -> StateFormats:
     return _formats(group["state"]) if _is_coded(param) else STATES["fp32"]
 
 
+def _versions(param: ScaledTensor) -> tuple[int, int, int]:
+    """Count the writes to a weight: as an ordinary tensor, and to what it is made of."""
+    return param._version, param.codes._version, param.scale._version
+
+
 def _is_coded(param: Tensor) -> bool:
     return param.ndim >= 2
 
@@ -216,17 +310,6 @@ def _prepare(param: Parameter, format: Format) -> None:
     if format == F32:
         raise ConfigError(f"a weight {tuple(param.shape)} holds {held.name} codes; full precision needs a plain one")
     scale_parameter_(param, format)
-
-
-def _master(param: Tensor) -> Held:
-    """Read a parameter and its amax; anyone may have written to it since the last step."""
-    if isinstance(param, ScaledTensor):
-        return noted(param.quantized)
-    return noted(Quantized(param.detach().float(), torch.ones((), device=param.device), F32))
-
-
-def _save(state: dict[str, Any], key: str, held: Held) -> None:
-    state[key], state[f"{key}_scale"], state[f"{key}_amax"] = held.q.codes, held.q.scale, held.amax
 
 
 def _loaded(state: dict[str, Any], key: str, format: Format) -> Held:

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 from postgrad.errors import ConfigError
@@ -166,11 +166,16 @@ def inverse_of(scale: Float[Tensor, ""], amax: Float[Tensor, ""]) -> Float[Tenso
 
 def mean_of_codes(received: UInt8[Tensor, " NL"], world: int) -> Float[Tensor, " L"]:
     """Return the float32 mean of the ranks' codes; their sum is exact for up to 73 ranks, and its order fixed."""
-    rows = received.view(E4M3.dtype).view(world, received.numel() // world).unbind()  # N of [L]
+    return sum_of_rows(received.view(E4M3.dtype), world) * (1.0 / world)  # a quotient's last bits depend on the device
+
+
+def sum_of_rows(received: Shaped[Tensor, " NL"], world: int) -> Float[Tensor, " L"]:
+    """Return the float32 sum of what the ranks sent, in the order of ranks."""
+    rows = received.view(world, received.numel() // world).unbind()  # N of [L]
     total = rows[0].float()
     for row in rows[1:]:
         total += row.float()
-    return total * (1.0 / world)  # a quotient has other last bits on a GPU than on a CPU
+    return total
 
 
 def _flat_codes(tensors: Sequence[Tensor], scales: Sequence[Float[Tensor, ""]], numel: int) -> UInt8[Tensor, " NL"]:

@@ -8,14 +8,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils import _pytree
 
-from postgrad.fp8.numerics import Format, Quantized, dequantize, quantize
+from postgrad.fp8.numerics import Format, Quantized, amax_of, dequantize, quantize, scale_for
 
 _ATEN = torch.ops.aten
-_VIEWS = (_ATEN.detach.default, _ATEN.alias.default, _ATEN.t.default, _ATEN.transpose.int, _ATEN.view.default)
+_VIEWS = (
+    _ATEN.detach.default,
+    _ATEN.alias.default,
+    _ATEN.t.default,
+    _ATEN.transpose.int,
+    _ATEN.view.default,
+    _ATEN.slice.Tensor,
+    _ATEN.split.Tensor,
+    _ATEN.as_strided.default,
+)
 _Operator = torch._ops.OpOverload
 
 
@@ -73,17 +83,18 @@ class ScaledTensor(Tensor):
         first = args[0] if args else None
         if isinstance(first, ScaledTensor):
             if func in _VIEWS:
-                return first._like(func(first.codes, *args[1:]), first.scale)
+                views = func(first.codes, *args[1:], **named)
+                return _pytree.tree_map(lambda codes: first._like(codes, first.scale), views)
             if func is _ATEN.clone.default:
                 return first._like(first.codes.clone(), first.scale.clone())
             if func is _ATEN._to_copy.default and named.get("dtype") in (None, first.dtype):
                 device = named.get("device")
                 return first._like(first.codes.to(device, copy=True), first.scale.to(device, copy=True))
-            if func._schema.is_mutable:
-                value = dequantize(first.quantized).to(first.dtype)
-                func(value, *_pytree.tree_map(_value, args[1:]), **_pytree.tree_map(_value, named))
-                first.store(quantize(value, first.format))
+            if func is _ATEN.copy_.default and isinstance(args[1], ScaledTensor) and args[1].format == first.format:
+                first.store(args[1].quantized)
                 return first
+        if func._schema.is_mutable:
+            return _write(func, args, named)
         return func(*_pytree.tree_map(_value, args), **_pytree.tree_map(_value, named))
 
     def _like(self, codes: Tensor, scale: Tensor) -> "ScaledTensor":
@@ -101,6 +112,51 @@ def scale_parameter_(param: Parameter, format: Format) -> None:
     torch.utils.swap_tensors(param, scaled)  # type: ignore[no-untyped-call]
 
 
-def _value(item: object) -> object:
+def scaled(x: Tensor) -> ScaledTensor:
+    """Return a tensor that is known to be kept as codes, as such."""
+    found: Any = x
+    assert isinstance(found, ScaledTensor), "this tensor must be kept as codes"
+    return found
+
+
+def unscale_parameter_(param: Parameter, value: Tensor) -> None:
+    """Turn a parameter kept as codes into an ordinary one with these values, in place.
+
+    Its gradient, if any, is dropped.
+    """
+    plain = Parameter(value, requires_grad=param.requires_grad)
+    param.grad = None
+    torch.utils.swap_tensors(param, plain)  # type: ignore[no-untyped-call]
+
+
+def codes_in(x: Float[Tensor, "*shape"], format: Format, scale: Float[Tensor, ""] | None = None) -> Quantized:
+    """Return a tensor in a format: the codes it holds already, or new ones; not finite, its scale becomes NaN."""
+    if isinstance(x, ScaledTensor) and x.format == format:
+        return x.quantized
+    if scale is None:
+        amax = amax_of(x)
+        scale = scale_for(amax, format) + 0 * amax
+    return quantize(x, format, scale)
+
+
+def _write(func: _Operator, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """Run an operation that writes on the values, and store what it wrote; on lists of tensors too."""
+    values: dict[int, Tensor] = {}
+
+    def value(item: Any) -> Any:
+        if isinstance(item, ScaledTensor):
+            return values.setdefault(id(item), _value(item))
+        return item
+
+    result = func(*_pytree.tree_map(value, args), **_pytree.tree_map(value, named))
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | named
+    written = [given.get(argument.name) for argument in func._schema.arguments if argument.is_write]
+    for item in _pytree.tree_leaves(written):
+        if isinstance(item, ScaledTensor):
+            item.store(quantize(values[id(item)], item.format))
+    return written[0] if isinstance(written[0], ScaledTensor) else result
+
+
+def _value(item: Any) -> Any:
     """Return the values of a scaled tensor, and anything else as it is."""
     return dequantize(item.quantized).to(item.dtype) if isinstance(item, ScaledTensor) else item
