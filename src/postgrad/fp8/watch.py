@@ -35,12 +35,13 @@ from postgrad.fp8.numerics import (
 from postgrad.fp8.optimizer import Fp8AdamW, formats_of
 from postgrad.fp8.scaled import ScaledTensor
 
-KINDS = ("x", "w", "dy", "g", "master", "m", "v")
+BITS = {"8 bits": ("x", "w", "dy", "g", "m"), "16 bits": ("master", "v")}
+KINDS = tuple(kind for kinds in BITS.values() for kind in kinds)
 FIGURES = ("underflow", "saturation", "snr_db")
 TITLES = {
-    "underflow": "Share of a tensor that is not 0 but became 0",
-    "saturation": "Share of a tensor at the largest number",
-    "snr_db": "Signal to noise of a tensor, dB",
+    "snr_db": "Signal to noise, dB",
+    "underflow": "Underflow, share of a tensor",
+    "saturation": "Saturation, share of a tensor",
 }
 NUM_WORST = 12
 
@@ -131,13 +132,13 @@ def watch_sections(rows: Sequence[Mapping[str, object]]) -> tuple[Section, ...]:
     measured = [row for row in rows if TENSORS in row]
     if not measured:
         return ()
-    plots = [_plot(figure, measured) for figure in FIGURES]
+    plots = [_plot(figure, bits, measured) for figure in TITLES for bits in BITS]
     return (*(plot for plot in plots if plot.series), _worst(measured[-1]))
 
 
-def _plot(figure: str, rows: Sequence[Mapping[str, Any]]) -> Plot:
+def _plot(figure: str, bits: str, rows: Sequence[Mapping[str, Any]]) -> Plot:
     series = []
-    for kind in KINDS:
+    for kind in BITS[bits]:
         points: list[tuple[float, list[float]]] = []
         for row in rows:
             numbers = sorted(found[figure] for found in row[TENSORS].get(kind, {}).values() if figure in found)
@@ -148,7 +149,13 @@ def _plot(figure: str, rows: Sequence[Mapping[str, Any]]) -> Plot:
             middle = tuple(numbers[len(numbers) // 2] for _, numbers in points)
             low, high = (tuple(numbers[end] for _, numbers in points) for end in (0, -1))
             series.append(Series(name=kind, x=steps, y=middle, low=low, high=high))
-    return Plot(TITLES[figure], "step", "", tuple(series), note="The line is the median tensor, the band all tensors.")
+    return Plot(
+        f"{TITLES[figure]}: {bits}",
+        "step",
+        "",
+        tuple(series),
+        note="The line is the median tensor, the band all tensors.",
+    )
 
 
 def _worst(row: Mapping[str, Any]) -> Table:
