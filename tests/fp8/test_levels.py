@@ -52,6 +52,11 @@ def test_o3_computes_on_bytes_and_owns_the_record() -> None:
         assert isinstance(master, ScaledTensor) and master.format == F16
         again = quantize(dequantize(master.quantized), E4M3)
         assert torch.equal(param.codes.view(torch.uint8), again.codes.view(torch.uint8))
+    coded, _ = memory_report(optimizer)
+    found = coded.per_parameter
+    assert {kind: found[kind] for kind in ("weight", "record", "gradient", "m", "v")} == {
+        "weight": 1, "record": 2, "gradient": 1, "m": 1, "v": 2
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("level", ["O1", "O2", "O3"])
