@@ -20,7 +20,7 @@ from postgrad.alignment.reward import RewardConfig
 from postgrad.alignment.sample import SampleConfig
 from postgrad.alignment.sft import SFTConfig
 from postgrad.alignment.tasks import TaskSizes, corrupt, make_prompt, score
-from postgrad.core.config import DataConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
+from postgrad.core.config import DataConfig, ModelConfig, OptimConfig, PrecisionConfig, RuntimeConfig, TrainConfig
 from postgrad.core.models import load_reward_model, save_model
 from postgrad.core.runtime import Job
 from postgrad.core.vision import ImagesConfig
@@ -38,6 +38,8 @@ from postgrad.forgetting.purge import PurgeConfig
 from postgrad.forgetting.revoke import RevokeConfig
 from postgrad.forgetting.unlearn import UnlearnConfig
 from postgrad.forgetting.verify import VerifyConfig
+from postgrad.fp8.parity import ParityConfig
+from postgrad.fp8.pretrain import PretrainConfig
 
 NUM_PROMPTS = 32
 MODEL = ModelConfig(tiny_width=32, tiny_layers=1)
@@ -207,7 +209,7 @@ def forget_boxes(folder: Path) -> ForgetBoxesConfig:
     """A tiny detector sees shapes for a moment and serves two requests, one of which is revoked."""
     usual, base = EraseBoxesConfig(), DetectorBaseConfig()
     erase = replace(
-        usual, select_epochs=1, blocks=1, early=False, floor=100.0, snap=0.0,
+        usual, select_epochs=1, blocks=1, early=False, floor=100.0, snap=0.0, least_steps=0,
         train=replace(usual.train, epochs=1, batch_size=8, log_every=1),
     )  # fmt: skip
     return ForgetBoxesConfig(
@@ -265,6 +267,31 @@ def unlearn(folder: Path) -> UnlearnConfig:
     )
 
 
+def texts(folder: Path) -> Path:
+    """Write a few texts, a file each, one of them held out."""
+    rng = Random(11)
+    for name in ("train/a", "train/b", "validation/c"):
+        path = folder / "texts" / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        words = ["the cat", "saw a dog", "and ran", "over the hill", "again"]
+        path.write_text("\n".join(" ".join(rng.choices(words, k=6)) for _ in range(40)), encoding="utf-8")
+    return folder / "texts"
+
+
+def pretrain(folder: Path) -> PretrainConfig:
+    """A tiny model reads a few texts in FP8."""
+    train = replace(TRAIN, precision=replace(PrecisionConfig(), level="O2", min_size=16))
+    read = DataConfig(path=str(texts(folder)), max_length=32)
+    return PretrainConfig(eval_blocks=8, model=replace(MODEL, tiny_width=48), data=read, train=train)
+
+
+def parity(folder: Path) -> ParityConfig:
+    """Two seeds of a moment each, a candidate and a control."""
+    one = pretrain(folder)
+    train = replace(one.train, max_steps=6, eval_every=3, save_every=1, precision=PrecisionConfig(min_size=16))
+    return ParityConfig(candidates=("O2", "e4m3_v"), num_seeds=2, pretrain=replace(one, train=train))
+
+
 CASES: dict[str, Callable[[Path], Any]] = {
     "align": align,
     "sft": sft,
@@ -281,4 +308,6 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "bake": bake,
     "unlearn": unlearn,
     "purge": purge,
+    "pretrain": pretrain,
+    "parity": parity,
 }

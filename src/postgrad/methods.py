@@ -26,6 +26,8 @@ METHODS: dict[str, str] = {
     "bake": "postgrad.forgetting.bake",
     "forget_boxes": "postgrad.forgetting.forget_boxes",
     "purge": "postgrad.forgetting.purge",
+    "pretrain": "postgrad.fp8.pretrain",
+    "parity": "postgrad.fp8.parity",
 }
 
 

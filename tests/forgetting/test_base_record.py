@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forget_runs import Killed
 from forgotten import Made, carry_out, forgotten, images, load, request
 from torch import Tensor
 
@@ -15,10 +16,6 @@ from postgrad.forgetting.entries import BakeBody
 from postgrad.forgetting.service import Service
 from postgrad.forgetting.service_parts import answers
 from postgrad.forgetting.verification import hash_files, verify_service
-
-
-class Killed(BaseException):
-    """Stands for a process that dies: nothing is meant to catch it."""
 
 
 @pytest.fixture

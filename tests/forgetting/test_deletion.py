@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from forget_runs import Killed
 from forgotten import Made, forgotten, load
 
 from postgrad.core.vision_models import classifier_hash
@@ -12,10 +13,6 @@ from postgrad.forgetting import service as module
 from postgrad.forgetting.entries import PurgeBody
 from postgrad.forgetting.service import Service
 from postgrad.forgetting.verification import verify_service
-
-
-class Killed(BaseException):
-    """Stands for a process that dies: nothing is meant to catch it."""
 
 
 @pytest.fixture

@@ -15,11 +15,14 @@ from postgrad.forgetting.detection import (
     DetectorBatch,
     DetectorLosses,
     DetectorObjectiveConfig,
+    Held,
     Predictions,
     class_prototypes,
     detection_forget_step,
     detector_losses,
     forget_objective,
+    held_answers,
+    hold_loss,
     match,
     matched_embeddings,
     of_classes,
@@ -260,3 +263,65 @@ def test_a_batch_with_nothing_to_forget_is_refused():
 def test_other_detectors_are_refused():
     with pytest.raises(ModelError, match="DetrForObjectDetection"):
         predict(network("vit"), DetectorBatch(inputs("vit"), []))
+
+
+LOGITS = torch.tensor([[[2.0, 0.0, -1.0], [-3.0, 1.0, 0.5]]])
+BOXES = torch.tensor([[[0.2, 0.2, 0.1, 0.1], [0.6, 0.5, 0.4, 0.2]]])
+BEFORE = Predictions(LOGITS, BOXES, torch.zeros(1, 2, 4))
+
+
+def test_struck_names_are_denied_and_the_others_are_as_they_were():
+    held = held_answers(BEFORE, [1], softmax=False)
+    torch.testing.assert_close(held.scores[..., [0, 2]], LOGITS.sigmoid()[..., [0, 2]])
+    assert held.scores[..., 1].eq(0).all() and torch.equal(held.boxes, BOXES)
+    mutual = held_answers(BEFORE, [1], softmax=True).scores
+    torch.testing.assert_close(mutual.sum(-1), torch.ones(1, 2))
+    torch.testing.assert_close(mutual[..., 2], LOGITS.softmax(-1)[..., 1:].sum(-1))
+    assert mutual[..., 1].eq(0).all() and torch.equal(mutual[..., 0], LOGITS.softmax(-1)[..., 0])
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_answers_are_held_to_what_they_were(softmax):
+    """Zero where nothing changed, and by hand where something did."""
+    held = held_answers(BEFORE, [], softmax=softmax)
+    torch.testing.assert_close(hold_loss(BEFORE, held, softmax=softmax), torch.tensor(0.0), atol=1e-6, rtol=0)
+    now = Predictions(LOGITS + torch.tensor([0.3, -0.2, 0.1]), BOXES + 0.05, BEFORE.embeddings)
+    total = sure = 0.0
+    for q in range(2):
+        p, new = held.scores[0, q], now.logits[0, q]
+        if softmax:
+            kl = (p * (p.log() - new.softmax(-1).log())).sum()
+            weight = 1 - p[-1]
+        else:
+            s = new.sigmoid()
+            kl = (p * (p / s).log() + (1 - p) * ((1 - p) / (1 - s)).log()).sum()
+            weight = p.max()
+        total, sure = total + kl + 5 * weight * 4 * 0.05, sure + weight
+    torch.testing.assert_close(hold_loss(now, held, softmax=softmax), total / max(sure, torch.tensor(1.0)))
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_what_is_struck_out_is_finite_and_pushes_down(softmax):
+    logits = LOGITS.clone().requires_grad_()
+    held = held_answers(BEFORE, [1], softmax=softmax)
+    hold_loss(Predictions(logits, BOXES, BEFORE.embeddings), held, softmax=softmax).backward()
+    assert logits.grad is not None and torch.isfinite(logits.grad).all() and (logits.grad[..., 1] > 0).all()
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_the_held_answers_count_by_their_weight(name):
+    model = forgetting(name)
+    batch = inputs("detr")
+    retain, forget = DetectorBatch(batch[:2], [ONE, TWO]), DetectorBatch(batch[2:], [TWO, ONE])
+    softmax = name == "detr"
+    activate(model, [])
+    with torch.no_grad():
+        held = held_answers(predict(model, retain), [0], softmax=softmax)
+    activate(model, ["request"], trainable="request")
+    found = [
+        detection_forget_step(model, retain, forget, ZERO, DetectorObjectiveConfig(hold=weight), held)
+        for weight in (0.0, 1.0, 3.0)
+    ]
+    assert found[0].hold == 0 < found[1].hold and isinstance(held, Held)
+    torch.testing.assert_close(found[2].hold, 3 * found[1].hold)
+    torch.testing.assert_close(found[2].total, found[0].total + found[2].hold)

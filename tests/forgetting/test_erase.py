@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from forget_runs import Killed
 from tiny_digits import GONE, LATER, PLAIN, images, job, material, quick, taught
 from torch import Tensor
 
@@ -32,10 +33,6 @@ HARSH = replace(HARSH, train=replace(HARSH.train, optim=replace(HARSH.train.opti
 """Loses what it was to keep."""
 STEPS = -(-len(material().retain) // 32)
 """Of an epoch."""
-
-
-class Killed(BaseException):
-    """Stands for a process that dies."""
 
 
 def logits(classifier: Classifier) -> Tensor:

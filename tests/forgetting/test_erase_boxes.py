@@ -9,12 +9,13 @@ from postgrad.core.layer_adapters import adapter_names, base_hashes, pairs
 from postgrad.core.runtime import Job
 from postgrad.errors import ConfigError, DataError, GateError
 from postgrad.forgetting import erase_boxes as erasing
+from postgrad.forgetting.detection import held_answers, predict
 from postgrad.forgetting.detector import DetectorConfig, load_detector
 from postgrad.forgetting.erase_boxes import PRESETS, BoxMaterial, EraseBoxesConfig, check_erase_boxes, erase_boxes
 from postgrad.forgetting.shapes import SHAPES, shapes
 
 QUICK = replace(
-    PRESETS["safe"], rank=2, select_epochs=1, blocks=1, snap=0.0, early=False, floor=100.0,
+    PRESETS["safe"], rank=2, select_epochs=1, blocks=1, snap=0.0, early=False, floor=100.0, least_steps=0,
     train=replace(PRESETS["safe"].train, epochs=1, batch_size=8, log_every=1),
 )  # fmt: skip
 
@@ -75,6 +76,11 @@ def test_it_ends_early_once_the_classes_are_gone(detector, tmp_path, monkeypatch
     assert erase_boxes(detector, material(), "one", (), config, job(tmp_path / "run")).steps == 2
 
 
+def test_epochs_of_few_images_are_repeated_until_there_are_steps_enough(detector, tmp_path):
+    config = replace(QUICK, least_steps=5)
+    assert erase_boxes(detector, material(), "one", (), config, job(tmp_path / "run")).steps == 6
+
+
 def test_what_few_blocks_cannot_do_more_are_asked_for(detector, tmp_path, monkeypatch):
     monkeypatch.setattr(erasing._Task, "figures", lambda task: {"forget_ap": 9.0, "retain_ap": 50.0, "lost": 1.0})
     config = replace(QUICK, early=True)
@@ -109,8 +115,35 @@ def test_a_request_needs_images_to_forget_and_to_retain(detector, tmp_path):
     [
         {"rank": 0}, {"blocks": 0}, {"floor": -1.0}, {"train": replace(QUICK.train, epochs=0.5)},
         {"train": replace(QUICK.train, batch_size=0)}, {"objective": replace(QUICK.objective, bound=0.0)},
+        {"objective": replace(QUICK.objective, hold=-1.0)},
     ],
 )  # fmt: skip
 def test_settings_that_contradict_each_other(wrong):
     with pytest.raises(ConfigError, match="erase"):
         check_erase_boxes(replace(EraseBoxesConfig(), **wrong))
+
+
+def test_what_is_held_are_the_answers_before_without_forgotten_names(detector, tmp_path, monkeypatch):
+    """Given to each step image by image, those of earlier requests struck out, too; no weight, nothing is computed."""
+    given = []
+    step = erasing.detection_forget_step
+
+    def noted(model, retain, forget, structure, config, held=None):
+        given.append((held, retain))
+        return step(model, retain, forget, structure, config, held)
+
+    monkeypatch.setattr(erasing, "detection_forget_step", noted)
+    chosen = replace(material(1), old=(1,))
+    before = predict(detector.network, detector.batch(chosen.retain, range(len(chosen.retain))))
+    expected = held_answers(before, [1, 4], softmax=False)
+    erase_boxes(detector, chosen, "one", (), QUICK, job(tmp_path / "run"))
+    for held, retain in given:
+        for scores, target in zip(held.scores, retain.targets, strict=True):
+            place = next(
+                i for i, each in enumerate(chosen.retain.targets) if torch.equal(each["boxes"], target["boxes"])
+            )
+            torch.testing.assert_close(scores, expected.scores[place])
+    given.clear()
+    free = replace(QUICK, objective=replace(QUICK.objective, hold=0.0))
+    erase_boxes(detector, chosen, "two", (), free, job(tmp_path / "free"))
+    assert {held for held, _ in given} == {None}

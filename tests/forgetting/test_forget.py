@@ -2,27 +2,25 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cases import write
+from forget_runs import Done, at
 from tiny_digits import DATA, MODEL, base_config, images
 
 from postgrad.core.config import RuntimeConfig, load_config
-from postgrad.core.report import Report
 from postgrad.core.vision_models import Classifier, ClassifierConfig
 from postgrad.errors import ArtefactError, ConfigError, DataError, GateError
 from postgrad.forgetting import service, verify
 from postgrad.forgetting.entries import ApplyBody, RevokeBody
 from postgrad.forgetting.erase import Erased, Material, erase
-from postgrad.forgetting.erase_config import PRESETS, EraseConfig
+from postgrad.forgetting.erase_config import PRESETS, EraseConfig, preset_of
 from postgrad.forgetting.forget import (
     ForgetConfig,
     check,
-    erasing,
-    limits,
     plan,
     requests_of,
     run,
@@ -31,6 +29,7 @@ from postgrad.forgetting.forget import (
 )
 from postgrad.forgetting.leakage_audit import AuditConfig
 from postgrad.forgetting.ledger import Ledger
+from postgrad.forgetting.policy import read_policy
 from postgrad.forgetting.request import ForgetRequest
 from postgrad.forgetting.schedules import class_order
 from postgrad.forgetting.verification import verify_service
@@ -42,24 +41,6 @@ CONFIG = ForgetConfig(
     audit=AuditConfig(svc=False),
 )  # fmt: skip
 ORDER = class_order(10)
-
-
-@dataclass(frozen=True)
-class Done:
-    """A finished run."""
-
-    config: ForgetConfig
-    report: Report
-    folder: Path
-
-    @property
-    def service(self) -> Path:
-        return self.folder / "service"
-
-
-def at(folder: Path, config: ForgetConfig = CONFIG, **changes: Any) -> ForgetConfig:
-    """Send a run to a folder."""
-    return replace(config, runtime=RuntimeConfig(folder=str(folder), seed=3, device="cpu", quiet=True), **changes)
 
 
 def asked(folder: Path, name: str, *classes: str, **more: Any) -> str:
@@ -77,7 +58,7 @@ def bodies(service: Path) -> list[ApplyBody]:
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """Two made requests with gold, a preset and a baseline beside; the second is revoked."""
     folder = tmp_path_factory.mktemp("forget") / "run"
-    config = at(folder, gold=True, baselines=("gs-lora++", "ssd"))
+    config = at(folder, CONFIG, gold=True, baselines=("gs-lora++", "ssd"))
     return Done(config, run(config), folder)
 
 
@@ -85,7 +66,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """One request from a file."""
     folder = tmp_path_factory.mktemp("served")
-    config = at(folder / "run", requests=(asked(folder, "a", "8", "3"),))
+    config = at(folder / "run", CONFIG, requests=(asked(folder, "a", "8", "3"),))
     return Done(config, run(config), folder / "run")
 
 
@@ -149,7 +130,9 @@ def test_a_later_run_goes_on_with_the_service(served: Done, tmp_path: Path, monk
 
     monkeypatch.setattr(service, "erase", noted)
     model = replace(MODEL, path=str(served.folder / "base" / "model"))
-    more = at(tmp_path / "more", model=model, service=str(served.service), requests=(asked(tmp_path, "b", "1"),))
+    more = at(
+        tmp_path / "more", CONFIG, model=model, service=str(served.service), requests=(asked(tmp_path, "b", "1"),)
+    )
     report = run(more)
     first, second = bodies(served.service)
     assert (first.request, second.request) == ("a", "b") and second.metrics["num_earlier"] == 1
@@ -169,7 +152,7 @@ def test_limits_that_are_not_kept_make_the_command_fail_after_the_report(tmp_pat
     """Without gold no excess is measured, and what is not measured is not kept."""
     policy = tmp_path / "policy.toml"
     policy.write_text("knn_excess_max = 50.0\n", encoding="utf-8")
-    config = at(tmp_path / "run", policy=str(policy), tasks=(9, 1, 1), base=base_config(2))
+    config = at(tmp_path / "run", CONFIG, policy=str(policy), tasks=(9, 1, 1), base=base_config(2))
     for _ in range(2):
         with pytest.raises(GateError, match=r"limits of .*policy\.toml are not kept; .*report\.html"):
             run(config)
@@ -182,7 +165,7 @@ def test_limits_that_are_not_kept_make_the_command_fail_after_the_report(tmp_pat
 def test_a_request_below_the_floor_changes_nothing(tmp_path: Path) -> None:
     optim = replace(OWN.train.optim, lr=1.0)
     harsh = replace(OWN, floor=0.0, patience=0, train=replace(OWN.train, epochs=1, optim=optim))
-    config = at(tmp_path / "run", erase=harsh, base=base_config(10))
+    config = at(tmp_path / "run", CONFIG, erase=harsh, base=base_config(10))
     with pytest.raises(GateError, match=r"request 'request-1': .* the floor is 0\.0"):
         run(config)
     assert bodies(tmp_path / "run" / "service") == [] and verify_service(tmp_path / "run" / "service") == []
@@ -191,7 +174,7 @@ def test_a_request_below_the_floor_changes_nothing(tmp_path: Path) -> None:
 
 def test_requests_are_made_where_there_are_no_files() -> None:
     """The last classes of the shuffled order, the salt from the seed."""
-    first, second = requests_of(at(Path("x")), images()[0])
+    first, second = requests_of(at(Path("x"), CONFIG), images()[0])
     assert (first.id, second.id) == ("request-1", "request-2")
     assert first.classes == (str(ORDER[9]),) and second.classes == (str(ORDER[8]),)
     assert first.salt == second.salt == f"{3:032x}"
@@ -199,7 +182,7 @@ def test_requests_are_made_where_there_are_no_files() -> None:
 
 def test_requests_are_read_in_order_and_salted(tmp_path: Path) -> None:
     files = (asked(tmp_path, "b", "7"), asked(tmp_path, "a", "1", salt="5a" * 16))
-    config = at(tmp_path, requests=files)
+    config = at(tmp_path, CONFIG, requests=files)
     first, second = requests_of(config, images()[0])
     assert (first.id, first.classes, second.id, second.salt) == ("b", ("7",), "a", "5a" * 16)
     assert len(first.salt) == 32 and requests_of(config, images()[0])[0].salt != first.salt
@@ -211,12 +194,12 @@ def test_requests_are_read_in_order_and_salted(tmp_path: Path) -> None:
 
 
 def test_made_splits_follow_the_order_and_leave_the_missing_out() -> None:
-    splits = splits_of(at(Path("x"), missing=2), images()[0], ())
+    splits = splits_of(at(Path("x"), CONFIG, missing=2), images()[0], ())
     assert [set(split.forget) for split in splits] == [{ORDER[9]}, {ORDER[8]}]
     assert splits[1].old == (ORDER[9],) and splits[1].remain == ORDER[:8]
     for split in splits:
         assert split.missing == ORDER[:2] and set(split.replayed) == set(split.remain) - set(ORDER[:2])
-    later = splits_of(at(Path("x")), images()[0], (), (ORDER[0],))
+    later = splits_of(at(Path("x"), CONFIG), images()[0], (), (ORDER[0],))
     assert ORDER[0] not in later[0].remain and set(later[1].old) == {ORDER[0], ORDER[9]}
 
 
@@ -229,26 +212,26 @@ def test_made_splits_follow_the_order_and_leave_the_missing_out() -> None:
     ),
 )
 def test_requests_that_do_not_fit_the_data_are_refused(classes: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    config = at(tmp_path, requests=(asked(tmp_path, "r", *classes),))
+    config = at(tmp_path, CONFIG, requests=(asked(tmp_path, "r", *classes),))
     with pytest.raises(DataError, match=message):
         plan(config)
 
 
 def test_a_class_cannot_be_forgotten_twice(tmp_path: Path) -> None:
-    config = at(tmp_path, requests=(asked(tmp_path, "one", "7"), asked(tmp_path, "two", "1", "7")))
+    config = at(tmp_path, CONFIG, requests=(asked(tmp_path, "one", "7"), asked(tmp_path, "two", "1", "7")))
     with pytest.raises(DataError, match=r"request 'two': \['7'\] was forgotten before"):
         plan(config)
 
 
 def test_few_images_are_worked_with(tmp_path: Path) -> None:
-    few = working(at(tmp_path, shots=4), images()[0])
+    few = working(at(tmp_path, CONFIG, shots=4), images()[0])
     assert few.labels.bincount().tolist() == [4] * 10
-    assert len(working(at(tmp_path, share=0.25), images()[0])) == 60
-    assert plan(at(tmp_path, shots=4))["images to work with"] == 40
+    assert len(working(at(tmp_path, CONFIG, share=0.25), images()[0])) == 60
+    assert plan(at(tmp_path, CONFIG, shots=4))["images to work with"] == 40
 
 
 def test_shots_of_a_request_and_missing_classes_reach_the_training(tmp_path: Path) -> None:
-    config = at(tmp_path / "run", tasks=(9, 1, 1), missing=2, shots=5, base=base_config(2))
+    config = at(tmp_path / "run", CONFIG, tasks=(9, 1, 1), missing=2, shots=5, base=base_config(2))
     config = replace(config, erase=replace(OWN, patience=0, train=replace(OWN.train, epochs=1)))
     run(config)
     (body,) = bodies(tmp_path / "run" / "service")
@@ -257,16 +240,16 @@ def test_shots_of_a_request_and_missing_classes_reach_the_training(tmp_path: Pat
 
 
 def test_the_plan_counts_what_would_be_done(tmp_path: Path) -> None:
-    found = plan(at(tmp_path, gold=True, baselines=("all",)))
+    found = plan(at(tmp_path, CONFIG, gold=True, baselines=("all",)))
     assert found["classes"] == 10 and found["models trained"] == 3 and found["baselines"] == 6 + 18
     assert found["request request-1"] == str(ORDER[9])
     assert not list(tmp_path.iterdir())
 
 
-def test_presets_are_looked_up(tmp_path: Path) -> None:
-    assert erasing(at(tmp_path)) == OWN
-    assert erasing(ForgetConfig(preset="paper")) == PRESETS["paper"]
-    assert limits(ForgetConfig()).acc_f_max == 1.0
+def test_presets_are_looked_up() -> None:
+    assert preset_of("own", OWN, PRESETS) == OWN
+    assert preset_of("paper", OWN, PRESETS) == PRESETS["paper"]
+    assert read_policy("").acc_f_max == 1.0
 
 
 @pytest.mark.parametrize(
@@ -288,16 +271,16 @@ def test_presets_are_looked_up(tmp_path: Path) -> None:
     ),
 )
 def test_settings_that_make_no_sense_are_refused(changes: Mapping[str, Any], message: str, tmp_path: Path) -> None:
-    check(at(tmp_path))
+    check(at(tmp_path, CONFIG))
     with pytest.raises(ConfigError, match=message):
-        check(at(tmp_path, **changes))
+        check(at(tmp_path, CONFIG, **changes))
 
 
 def test_tasks_must_be_about_all_classes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"tasks: .* must be all 10 classes, found 8 and 1"):
-        plan(at(tmp_path, tasks=(8, 1, 2)))
+        plan(at(tmp_path, CONFIG, tasks=(8, 1, 2)))
     with pytest.raises(ConfigError, match="12 requests of 1 classes"):
-        plan(at(tmp_path, tasks=(9, 1, 12)))
+        plan(at(tmp_path, CONFIG, tasks=(9, 1, 12)))
 
 
 def test_files_that_make_no_sense_are_refused(tmp_path: Path) -> None:
@@ -313,7 +296,7 @@ def test_files_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         ({"policy": str(policy)}, "acc_g_max.*acc_f_max"),
     ):
         with pytest.raises(ConfigError, match=message):
-            check(at(tmp_path, **changes))
+            check(at(tmp_path, CONFIG, **changes))
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('preset = "fast"\n', encoding="utf-8")
     with pytest.raises(ConfigError, match=r"recipe\.toml: preset: .*'safe'.*'fast'"):
@@ -321,6 +304,6 @@ def test_files_that_make_no_sense_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_made_request_has_the_form_of_a_file(tmp_path: Path) -> None:
-    (made, _) = requests_of(at(tmp_path), images()[0])
+    (made, _) = requests_of(at(tmp_path, CONFIG), images()[0])
     assert isinstance(made, ForgetRequest) and made.shots == 0 and made.samples == ()
     assert EraseConfig() == PRESETS["safe"]

@@ -3,16 +3,17 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forget_runs import Done, at
 from test_contract import Killed, contents, kill, run_until
 from tiny_digits import DATA, MODEL, base_config, images
 
 from postgrad.core.config import RuntimeConfig
-from postgrad.core.report import Report, Table
+from postgrad.core.report import Table
 from postgrad.errors import ArtefactError, ConfigError, DataError
 from postgrad.forgetting import forget as module
 from postgrad.forgetting import verify
@@ -39,24 +40,6 @@ CONFIG = ForgetConfig(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Done:
-    """A finished run."""
-
-    config: ForgetConfig
-    report: Report
-    folder: Path
-
-    @property
-    def service(self) -> Path:
-        return self.folder / "service"
-
-
-def at(folder: Path, **changes: Any) -> ForgetConfig:
-    runtime = RuntimeConfig(folder=str(folder), seed=3, device="cpu", quiet=True)
-    return replace(CONFIG, runtime=runtime, **changes)
-
-
 def asked(folder: Path, name: str, rows: list[int] | None = None, **more: Any) -> str:
     """Write a request file for some training images."""
     path = folder / f"{name}.json"
@@ -74,7 +57,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """Single images, then a whole class that some of them are of, then others; with gold."""
     folder = tmp_path_factory.mktemp("single")
     files = (asked(folder, "some", SOME), asked(folder, "class", classes=["3"]), asked(folder, "others", OTHERS))
-    config = at(folder / "run", requests=files, gold=True)
+    config = at(folder / "run", CONFIG, requests=files, gold=True)
     return Done(config, run(config), folder / "run")
 
 
@@ -165,14 +148,15 @@ def test_a_request_for_single_images_is_revoked_bit_for_bit(done: Done, tmp_path
 def test_later_runs_know_of_them(done: Done, tmp_path: Path) -> None:
     model = replace(MODEL, path=str(done.folder / "base" / "model"))
     again = asked(tmp_path, "again", SOME[-1:])
-    more = at(tmp_path / "more", model=model, service=str(done.service), requests=(again,))
+    more = at(tmp_path / "more", CONFIG, model=model, service=str(done.service), requests=(again,))
     found = plan(more)
     assert str(found["service, others"]).startswith("active since ")
     assert f"image {TRAIN.hashes[SOME[-1]]} (request 'some')" in str(found["again: ! forgotten before"])
     with pytest.raises(DataError, match=f"image {TRAIN.hashes[SOME[-1]]} was asked for by request 'some' already"):
         run(more)
     with pytest.raises(ArtefactError, match="'others' was applied with other content"):
-        run(at(tmp_path / "other", model=model, service=str(done.service), requests=(asked(tmp_path, "others", [0]),)))
+        other = (asked(tmp_path, "others", [0]),)
+        run(at(tmp_path / "other", CONFIG, model=model, service=str(done.service), requests=other))
 
 
 @contextmanager
@@ -185,7 +169,7 @@ def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_killed_anywhere_it_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Levels are taken from the model as it was before the request, however often the run begins again."""
-    config = at(Path("run"), requests=(asked(tmp_path, "some", SOME), asked(tmp_path, "others", OTHERS)))
+    config = at(Path("run"), CONFIG, requests=(asked(tmp_path, "some", SOME), asked(tmp_path, "others", OTHERS)))
     with inside(tmp_path / "straight", monkeypatch):
         straight = run(config)
     with inside(tmp_path / "killed", monkeypatch):
@@ -211,7 +195,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
         ),
     ):
         with pytest.raises(ConfigError, match=message):
-            check(at(tmp_path / "run", **changes))
+            check(at(tmp_path / "run", CONFIG, **changes))
     unknown = tmp_path / "unknown.json"
     unknown.write_text(json.dumps({"id": "unknown", "samples": ["0123456789abcdef"]}), encoding="utf-8")
     whole = asked(tmp_path, "class", classes=["3"])
@@ -222,6 +206,6 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
     ):
         for call in (plan, run):
             with pytest.raises(DataError, match=wrong):
-                call(at(tmp_path / files[-1].replace("/", "-"), requests=files))
+                call(at(tmp_path / files[-1].replace("/", "-"), CONFIG, requests=files))
     assert not list(tmp_path.rglob("base")), "refused before anything is trained"
     assert module.LOSS is None

@@ -25,7 +25,7 @@ def answers(made):
 
 def service(folder, seed=0):
     made = network("vit", seed)
-    return NetworkService(folder, made, CLASSES, "base", lambda: answers(made)).open()
+    return NetworkService(folder, made, CLASSES, "base", answers).open()
 
 
 def request(name, *classes):

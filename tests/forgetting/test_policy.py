@@ -15,6 +15,7 @@ from postgrad.forgetting.policy import (
     passes,
     policy_limits,
     read_limits,
+    read_policy,
 )
 
 POLICY = PolicyConfig(max_blocks=3)
@@ -155,3 +156,10 @@ def test_limits_out_of_range_are_refused(change: dict[str, float]) -> None:
     check_policy(PolicyConfig())
     with pytest.raises(ConfigError, match=f"{next(iter(change))}: expected .* found .* Mend the policy"):
         check_policy(PolicyConfig(**change))  # type: ignore[arg-type]
+
+
+def test_a_policy_is_read_from_a_file_or_is_the_usual_one(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text("acc_f_max = 5.0\n")
+    assert read_policy("") == PolicyConfig() and read_policy(str(tmp_path / "policy.toml")).acc_f_max == 5.0
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: expected a policy, a TOML or JSON file"):
+        read_policy(str(tmp_path / "nowhere.toml"))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forget_runs import Killed
 from forgotten import Made, forgotten
 
 from postgrad.__main__ import main
@@ -20,10 +21,6 @@ from postgrad.forgetting.purge import PurgeConfig, check, plan, run
 from postgrad.forgetting.verification import hash_files, verify_service
 
 NUM_FILES = 3
-
-
-class Killed(BaseException):
-    """Stands for a process that dies: nothing is meant to catch it."""
 
 
 @pytest.fixture

@@ -209,3 +209,8 @@ def test_what_was_forgotten_before_is_refused_by_name(
 
 def test_a_class_may_follow_its_images() -> None:
     assert resolve(REQUEST, DATA, [ForgetRequest(id="r0", samples=(DATA.hashes[0],))]).forget == (0, 1)
+
+
+def test_a_missing_file_is_called_what_it_should_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.json: expected a request, a TOML or JSON file"):
+        read_request(tmp_path / "nowhere.json")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forget_runs import Killed
 from forgotten import CONFIGS, QUICK, Made, carry_out, forgotten, images, job, load, measured, request
 
 from postgrad.core.layer_adapters import adapter_names
@@ -22,10 +23,6 @@ from postgrad.forgetting.service import Service
 from postgrad.forgetting.service_parts import adapter_name, answers
 from postgrad.forgetting.signature import make_key
 from postgrad.forgetting.verification import hash_files, verify_service
-
-
-class Killed(BaseException):
-    """Stands for a process that dies: nothing is meant to catch it."""
 
 
 @pytest.fixture

@@ -233,7 +233,7 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
         check(replace(good, compare=("ga",)))
     with pytest.raises(ConfigError, match="gold: expected a trained model"):
         check(replace(good, gold="tiny"))
-    with pytest.raises(ConfigError, match=r"expected a recipe, a TOML or JSON file"):
+    with pytest.raises(ConfigError, match=r"expected a request, a TOML or JSON file"):
         check(replace(good, request="no such file.json"))
 
 

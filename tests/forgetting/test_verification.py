@@ -279,3 +279,21 @@ def test_findings_are_shown() -> None:
 def test_the_sample_is_what_an_engine_would_record() -> None:
     body = apply_entry(request("2041", "8"), digest("base"), {}, 1)
     assert body.num_identical + len(body.tensors) == len(TENSORS)
+
+
+def test_figures_that_are_no_per_cent_may_differ_by_a_hundredth(folder: Path) -> None:
+    def moved(name: str, by: float) -> bool:
+        def measure(entry: Entry) -> dict[str, float]:
+            assert isinstance(entry.body, ApplyBody)
+            return {**entry.body.metrics, name: entry.body.metrics[name] + by}
+
+        return verify_service(folder, measure=measure, tolerance=1.0) == []
+
+    assert moved("acc_r", 0.9) and not moved("acc_r", 1.1) and moved("h", -0.9)
+    assert moved("mia_auc", 0.009) and not moved("mia_auc", 0.011)
+
+
+def test_classes_are_held_against_the_record(folder: Path) -> None:
+    assert verify_service(folder, classes=BASE["classes"]) == []
+    (finding,) = verify_service(folder, classes=BASE["classes"][::-1])
+    assert (finding.place, finding.field, finding.severity) == ("base model", "classes", "error")

@@ -19,6 +19,7 @@ from postgrad.core.vision import ImagesConfig
 from postgrad.core.vision_models import ClassifierConfig, save_classifier
 from postgrad.errors import ArtefactError, ConfigError, DataError, GateError, ModelError, UserError
 from postgrad.forgetting import verify as module
+from postgrad.forgetting.anew_classes import COMPARED
 from postgrad.forgetting.entries import VerifyBody
 from postgrad.forgetting.ledger import Ledger
 from postgrad.forgetting.service import Service
@@ -73,7 +74,7 @@ def test_a_sound_service_passes_and_stays_as_it_is(config: VerifyConfig, made: M
     assert found["largest_difference"] == 0 and contents(made.service) == before
     standing, table = (each for each in report.sections if isinstance(each, Table))
     assert [row[0] for row in standing.rows] == ["first", "second"] and standing.title == "Requests of the service"
-    assert {row[1] for row in table.rows} == set(module.COMPARED) - {"acc_h", "acc_h_pretrained"}
+    assert {row[1] for row in table.rows} == set(COMPARED) - {"acc_h", "acc_h_pretrained"}
     assert "mia_auc" not in str(report.sections)
 
 

@@ -12,7 +12,8 @@ The new base is in model/ of the run folder; give it as model.path from then on.
 goes on where it was.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from postgrad.core.runtime import Job, finish, finished, progress, start, stop_o
 from postgrad.core.vision import ImagesConfig, ImageSet, check_images
 from postgrad.core.vision_models import Classifier, ClassifierConfig
 from postgrad.errors import ArtefactError, ConfigError, Interrupted
+from postgrad.forgetting.base_record import read_kind
+from postgrad.forgetting.box_files import BoxesConfig, check_boxes
+from postgrad.forgetting.boxes_service import ServiceBoxes, bake_boxes, boxes_service, load_boxes_base
 from postgrad.forgetting.entries import BakeBody
 from postgrad.forgetting.ledger import Ledger, states
 from postgrad.forgetting.service import Service
@@ -33,7 +37,6 @@ from postgrad.forgetting.service_runs import (
     check_service,
     entries_of_run,
     in_use,
-    is_of_texts,
     load_base,
     seed_of,
     workplace,
@@ -41,6 +44,7 @@ from postgrad.forgetting.service_runs import (
 
 LOSS = None
 Plan = dict[str, str | int | float]
+Bake = Callable[[Path], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,9 @@ class BakeConfig:
     model: ClassifierConfig = ClassifierConfig(path=BASE_MODEL)
     """The service's base."""
     data: ImagesConfig = ImagesConfig(path="")
-    """Images to compare the answers on; path "" = noise."""
+    """Images to compare a classifier's answers on; path "" = noise."""
+    boxes: BoxesConfig = BoxesConfig(path="")
+    """Images and boxes to measure a detector on; answers are compared on noise in any case."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Where and how the run happens."""
 
@@ -63,10 +69,11 @@ def check(config: BakeConfig) -> None:
     """Refuse settings that contradict each other."""
     check_service(config.service, config.model)
     check_images(config.data)
-    if is_of_texts(Path(config.service)):
+    check_boxes(config.boxes)
+    if read_kind(Path(config.service)) == "texts":
         raise ConfigError(
-            f"service: expected a classifier's, found a language model's in {config.service}. Its adapters are peft's: "
-            "PeftModel.from_pretrained(base, adapter).merge_and_unload() makes a new base."
+            f"service: expected a classifier's or a detector's, found a language model's in {config.service}. Its "
+            "adapters are peft's: PeftModel.from_pretrained(base, adapter).merge_and_unload() makes a new base."
         )
 
 
@@ -88,24 +95,41 @@ def run(config: BakeConfig) -> Report:
     if not again:
         _some(in_use(Ledger(folder).entries()))
     path = made if again else Path(config.model.path)
-    with stop_on_signals(), progress(job, 3, "baked") as bar:
-        images = _images(config, folder, job)
-
-        def load(path: Path) -> Classifier:
-            return load_base(replace(config.model, path=str(path)), folder, job, images)
-
-        classifier = load(path)
+    hold = {"boxes": _boxes, "classes": _classes}[read_kind(folder)]
+    with stop_on_signals(), progress(job, 3, "baked") as bar, hold(config, folder, path, job) as bake:
         bar.advance()
-        with Service.open(folder, classifier, str(path)) as service:
-            bar.advance()
-            if stop_requested():
-                raise Interrupted("Stopped; nothing was changed.")
-            if not again:
-                service.bake(made, load, images)
-            bar.advance()
-    body = next(entry.body for entry in entries_of_run(folder, job) if isinstance(entry.body, BakeBody))
+        if stop_requested():
+            raise Interrupted("Stopped; nothing was changed.")
+        if not again:
+            bake(made)
+        bar.advance()
+        body = next(entry.body for entry in entries_of_run(folder, job) if isinstance(entry.body, BakeBody))
+        bar.advance()
     results: dict[str, Cell] = {"requests_baked": len(body.requests), **body.metrics}
     return finish(job, Report("bake", job.folder, results, sections(body, made, config.rehearse)))
+
+
+@contextmanager
+def _classes(config: BakeConfig, folder: Path, path: Path, job: Job) -> Iterator[Bake]:
+    """Hold a classifier's service. Args: path: of the base as it is now."""
+    images = _images(config, folder, job)
+
+    def load(path: Path) -> Classifier:
+        return load_base(replace(config.model, path=str(path)), folder, job, images)
+
+    with Service.open(folder, load(path), str(path)) as service:
+        yield lambda made: service.bake(made, load, images)
+
+
+@contextmanager
+def _boxes(config: BakeConfig, folder: Path, path: Path, job: Job) -> Iterator[Bake]:
+    """Hold a detector's service. Args: path: of the base as it is now."""
+    detector, entries = load_boxes_base(str(path), job), Ledger(folder).entries()
+    shown = None
+    if config.boxes.path:
+        shown = ServiceBoxes(config.boxes, detector.classes).of(seed_of(entries, list(states(entries))[-1]))
+    with boxes_service(folder, detector, str(path)).open() as service:
+        yield lambda made: bake_boxes(service, made, detector, shown, job)
 
 
 def sections(body: BakeBody, made: Path, rehearsed: bool) -> tuple[Section, ...]:
@@ -116,7 +140,7 @@ def sections(body: BakeBody, made: Path, rehearsed: bool) -> tuple[Section, ...]
         notes = [Note("A rehearsal", "A copy of the service was changed; the service and its base are as they were.")]
     requests = Table("Now in the weights", ("request",), tuple((name,) for name in body.requests))
     rows = tuple((name, value) for name, value in body.metrics.items())
-    note = "Largest difference of a logit, images answered alike in per cent, and accuracies of the new base."
+    note = "Largest difference of an answer, images answered alike in per cent; accuracy or, of detectors, AP."
     return (*notes, requests, Table("Beside base and adapters", ("figure", "value"), rows, note))
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from postgrad.core.files import atomic_path, remove
 from postgrad.errors import ArtefactError
@@ -16,6 +17,10 @@ from postgrad.forgetting.entries import BakeBody, BaseBody, Entry
 from postgrad.forgetting.ledger import BASE, BaseState, current_base, write_base
 
 BASES = "bases"
+Kind = Literal["classes", "boxes", "texts"]
+"""What a base is for: a classifier, a detector, a language model."""
+BOXES = "bbox_"
+"""In the names of the layers by which detectors of the DETR family place their boxes."""
 
 
 def prepare_record(folder: Path, name: str, tensors: Mapping[str, str], classes: Sequence[str]) -> BaseState:
@@ -60,13 +65,17 @@ def read_classes(folder: Path) -> tuple[str, ...]:
 
     Raises:  ArtefactError: it cannot be read.
     """
-    try:
-        return tuple(str(name) for name in json.loads((folder / BASE).read_bytes())["classes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(
-            f"{folder / BASE}: expected the record of a service's base, which cannot be read: {error!r}. Give the "
-            "service folder, such as runs/forget/service, or restore the file."
-        ) from error
+    return tuple(map(str, _record(folder)["classes"]))
+
+
+def read_kind(folder: Path) -> Kind:
+    """Say what a service's base is for: only a language model has no classes, only a detector layers for boxes.
+
+    Raises:  ArtefactError: the record cannot be read.
+    """
+    if not read_classes(folder):
+        return "texts"
+    return "boxes" if any(BOXES in name for name in _record(folder)["tensors"]) else "classes"
 
 
 def read_name(folder: Path) -> str:
@@ -80,6 +89,19 @@ def read_name(folder: Path) -> str:
 def hash_file(path: Path) -> str:
     """Hash a file's bytes; "" where there is none."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads((folder / BASE).read_bytes())
+        if not isinstance(record["classes"], list) or not isinstance(record["tensors"], dict):
+            raise TypeError("classes and tensors")
+        return record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(
+            f"{folder / BASE}: expected the record of a service's base, which cannot be read: {error!r}. Give the "
+            "service folder, such as runs/forget/service, or restore the file."
+        ) from error
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -1,11 +1,14 @@
 """Forgetting classes of a detector of the DETR family: their boxes are still fitted, their names are not.
 
-Formula:   L = R(x_r) + beta F(x_f) + alpha sum_g ||g||_2 + w_f relu(BND_pro - KL(x_f)) + w_r KL(x_r), where
+Formula:   L = R(x_r) + beta F(x_f) + alpha sum_g ||g||_2 + w_f relu(BND_pro - KL(x_f)) + w_r KL(x_r) + h H(x_r), where
            R = 2 C + 5 L1 + 2 GIoU,   F = relu(BND - 2 C) + 5 L1 + 2 GIoU,
+           H = sum_q [KL(p_q || now) + 5 w_q L1] / sum_q w_q, p_q what query q answered before the request without the
+           names that are to go, and w_q how sure it was of an object,
            C is the focal loss (DETR: its cross entropy, with "no object" as a class), and KL is between the rows of the
            classifier and the decoder's embeddings of the queries that were matched to boxes.
 Source:    GS-LoRA (arXiv 2403.11530), its Deformable DETR; matcher and losses are transformers' own.
-Differs:   only the last decoder layer's predictions count, as in the paper; a batch to forget must have boxes.
+Differs:   only the last decoder layer's predictions count, as in the paper; a batch to forget must have boxes. H is an
+           addition: the answers of every query are held, not only those matched to boxes.
 
 A target is what transformers takes: {"class_labels": [T], "boxes": [T, 4]}, a box as (centre x, centre y, width,
 height) in shares of the image.
@@ -46,6 +49,8 @@ class DetectorObjectiveConfig:
     """w_r: weight of holding retained embeddings at their class's row."""
     bound_prototype: float = 18.0
     """BND_pro: the divergence in nats at which forgotten embeddings are left alone."""
+    hold: float = 0.0
+    """h: weight of holding answers on retained images as they were before the request, without the forgotten names."""
 
 
 class DetectorBatch(NamedTuple):
@@ -81,6 +86,40 @@ class DetectorTerms(NamedTuple):
     structure: Float[Tensor, ""]
     prototype_forget: Float[Tensor, ""]
     prototype_retain: Float[Tensor, ""]
+    hold: Float[Tensor, ""]
+
+
+class Held(NamedTuple):
+    """What a detector answered before a request, without the names that are to go."""
+
+    scores: Float[Tensor, "B Q K"]
+    """Probabilities: of each class by itself or, of DETR, of all and "no object"."""
+    boxes: Float[Tensor, "B Q 4"]
+
+
+def held_answers(found: Predictions, gone: Iterable[int], *, softmax: bool) -> Held:
+    """Strike names out of answers: to these a query says no, or "no object"."""
+    labels = sorted(set(gone))
+    scores = found.logits.softmax(-1) if softmax else found.logits.sigmoid()
+    struck = scores.clone()
+    struck[..., labels] = 0.0
+    if softmax:
+        struck[..., -1] += scores[..., labels].sum(-1)
+    return Held(struck, found.boxes)
+
+
+def hold_loss(found: Predictions, held: Held, *, softmax: bool) -> Float[Tensor, ""]:
+    """Return how far answers are from those held: H at the top of this file."""
+    if softmax:
+        apart = F.kl_div(found.logits.log_softmax(-1), held.scores, reduction="none").sum(-1)  # [B, Q]
+        sure = 1 - held.scores[..., -1]
+    else:
+        p = held.scores
+        cross = F.binary_cross_entropy_with_logits(found.logits, p, reduction="none")
+        apart = (cross + torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p)).sum(-1)  # [B, Q]
+        sure = p.amax(-1)
+    far = (found.boxes - held.boxes).abs().sum(-1)
+    return (apart + 5 * sure * far).sum() / sure.sum().clamp(min=1.0)
 
 
 def predict(model: nn.Module, batch: DetectorBatch) -> Predictions:
@@ -169,10 +208,11 @@ def detection_forget_step(
     forget: DetectorBatch,
     structure: Float[Tensor, ""],
     config: DetectorObjectiveConfig,
+    held: Held | None = None,
 ) -> DetectorTerms:
     """Return the objective of one step with its terms; the formula is at the top of this file.
 
-    Args: structure: the sum of the groups' norms; 0 while alpha is 0.
+    Args: structure: the sum of the groups' norms; 0 while alpha is 0.  held: on the images to retain.
     Raises: DataError: no box is to be forgotten in this batch.
     """
     if not any(len(target["class_labels"]) for target in forget.targets):
@@ -182,26 +222,27 @@ def detection_forget_step(
         )
     rows = class_prototypes(model)
     zero = rows.new_zeros(())
-    losses, (embeddings, labels) = _losses(model, retain)
+    found, losses, (embeddings, labels) = _losses(model, retain)
+    hold = zero if held is None else config.hold * hold_loss(found, held, softmax=is_softmax(model))
     kept = remain_objective(losses)
     pull = (
         config.weight_retain * prototype_kl(embeddings, labels, rows) if config.weight_retain and len(labels) else zero
     )
-    losses, (embeddings, labels) = _losses(model, forget)
+    _, losses, (embeddings, labels) = _losses(model, forget)
     lack = config.beta * forget_objective(losses, config.bound)
     push = zero
     if config.weight_forget:
         push = config.weight_forget * bounded_prototype(embeddings, labels, rows, config.bound_prototype)
     sparse = config.alpha * structure if config.alpha else zero
-    total = kept + lack + sparse + push + pull
-    return DetectorTerms(total, kept.detach(), lack.detach(), sparse.detach(), push.detach(), pull.detach())
+    total = kept + lack + sparse + push + pull + hold
+    return DetectorTerms(total, *(term.detach() for term in (kept, lack, sparse, push, pull, hold)))
 
 
-def _losses(model: nn.Module, batch: DetectorBatch) -> tuple[DetectorLosses, tuple[Tensor, Tensor]]:
+def _losses(model: nn.Module, batch: DetectorBatch) -> tuple[Predictions, DetectorLosses, tuple[Tensor, Tensor]]:
     found = predict(model, batch)
     matched = match(model, found, batch.targets)
     losses = detector_losses(model, found, batch.targets, matched)
-    return losses, matched_embeddings(found, batch.targets, matched)
+    return found, losses, matched_embeddings(found, batch.targets, matched)
 
 
 def is_softmax(model: nn.Module) -> bool:

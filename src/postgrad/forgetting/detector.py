@@ -8,7 +8,7 @@ Letters: B images of a batch, C channels, H height, W width, Q queries, K classe
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from postgrad.core.runtime import Job, stage_seed
 from postgrad.errors import ModelError
 from postgrad.forgetting.average_precision import MAX_DETECTIONS, Boxes, detections
 from postgrad.forgetting.boxes import BoxSet
-from postgrad.forgetting.detection import DetectorBatch, Target, is_softmax, predict
+from postgrad.forgetting.detection import DetectorBatch, Predictions, Target, is_softmax, predict
 
 TINY = "tiny"
 EVAL_IMAGES = 64
@@ -106,19 +106,25 @@ class Detector:
         mean, std = (pixels.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (pixels.expand(3, -1, -1) - mean) / std
 
-    @torch.no_grad()
     def find(self, boxes: BoxSet) -> list[Boxes]:
         """Find objects on all images, on the CPU, the surest first: no more than queries, and at most 100."""
-        was_training = self.network.training
-        self.network.eval()
-        found: list[Boxes] = []
+        return [found for _, seen in self.looks(boxes) for found in self.read(seen)]
+
+    def read(self, seen: Predictions) -> list[Boxes]:
+        """Read objects off predictions, as `find` gives them."""
+        limit = min(MAX_DETECTIONS, seen.logits.shape[1])
+        return detections(seen.logits.cpu(), seen.boxes.cpu(), softmax=is_softmax(self.network), limit=limit)
+
+    def looks(self, boxes: BoxSet) -> Iterator[tuple[DetectorBatch, Predictions]]:
+        """Look at all images, part after part, without gradients and as it does when it is used."""
         for items in _parts(boxes):
-            batch = self.batch(boxes, items)
-            seen = predict(self.network, batch)
-            limit = min(MAX_DETECTIONS, seen.logits.shape[1])
-            found += detections(seen.logits.cpu(), seen.boxes.cpu(), softmax=is_softmax(self.network), limit=limit)
-        self.network.train(was_training)
-        return found
+            was_training = self.network.training
+            self.network.eval()
+            with torch.no_grad():
+                batch = self.batch(boxes, items)
+                found = predict(self.network, batch)
+            self.network.train(was_training)
+            yield batch, found
 
 
 def _parts(boxes: BoxSet) -> list[list[int]]:

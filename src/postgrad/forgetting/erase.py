@@ -212,7 +212,7 @@ def _finish(task: _Task, job: Job) -> tuple[dict[str, float], int, float]:
         forget, retain = (from_block(view, task.blocks, start) for view in (task.forget, task.retain))
         task = replace(task, forget=forget, retain=retain)
     cached = task.retain.cached is not None
-    batches = task.batches(epochs_of(config, task.batches(1, job).epoch_steps), job)
+    batches = task.batches(epochs_of(config.train, config.least_steps, task.batches(1, job).epoch_steps), job)
     part = replace(job, folder=job.folder / "train")
     part.folder.mkdir(parents=True, exist_ok=True)
     settings = replace(config.train, eval_every=batches.epoch_steps if config.patience else 0)

@@ -7,12 +7,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, TypeVar
 
 from postgrad.core.config import OptimConfig, TrainConfig
 from postgrad.errors import ConfigError
+from postgrad.forgetting.detection import DetectorObjectiveConfig
 from postgrad.forgetting.leak_terms import LeakConfig, check_leak
 from postgrad.forgetting.losses import ObjectiveConfig
+
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +102,41 @@ def careful(config: EraseConfig) -> EraseConfig:
     return replace(config, objective=objective, leak=replace(config.leak, proxy=config.leak.unseen))
 
 
-def epochs_of(config: EraseConfig, epoch_steps: int) -> int:
+def epochs_of(settings: TrainConfig, least_steps: int, epoch_steps: int) -> int:
     """Say how many epochs of so many steps follow the sparse phase, at most."""
-    return max(1, round(config.train.epochs), -(-config.least_steps // epoch_steps))
+    return max(1, round(settings.epochs), -(-least_steps // epoch_steps))
+
+
+def preset_of(name: str, own: Settings, presets: Mapping[str, Settings]) -> Settings:
+    """Give the settings of a preset; "own" = those given."""
+    return own if name == "own" else presets[name]
+
+
+def check_preset(name: str, own: object, usual: object) -> None:
+    """Refuse settings that a preset would overrule."""
+    if name != "own" and own != usual:
+        raise ConfigError(f"erase: settings are given, but preset is {name!r}; set preset to 'own'.")
+
+
+def check_adapter(rank: int, scale: float, blocks: int, name: str) -> None:
+    """Refuse an adapter that is none. Args: blocks: that stay after the sparse phase; 1 where there is none."""
+    if rank < 1 or scale <= 0:
+        raise ConfigError(f"{name}: rank must be at least 1 and scale above 0; found {rank} and {scale}.")
+    if blocks < 1:
+        raise ConfigError(f"{name}.blocks: expected at least 1 block to stay after the sparse phase, found {blocks}.")
+
+
+def check_objective(objective: ObjectiveConfig | DetectorObjectiveConfig, name: str) -> None:
+    """Refuse bounds and weights that ask for nothing, or for the contrary."""
+    if objective.bound <= 0 or objective.beta < 0 or objective.alpha < 0:
+        raise ConfigError(f"{name}.objective: bound must be above 0, beta and alpha at least 0; found {objective}.")
+
+
+def check_counts(settings: Mapping[str, float], name: str) -> None:
+    """Refuse numbers below 0."""
+    for key, value in settings.items():
+        if value < 0:
+            raise ConfigError(f"{name}.{key}: expected 0 or more, found {value}.")
 
 
 def check_training(settings: TrainConfig, name: str) -> None:
@@ -120,18 +155,9 @@ def check_training(settings: TrainConfig, name: str) -> None:
 
 def check_erase(config: EraseConfig, name: str = "erase") -> None:
     """Refuse settings that contradict each other."""
-    if config.rank < 1 or config.scale <= 0:
-        raise ConfigError(f"{name}: rank must be at least 1 and scale above 0; found {config.rank} and {config.scale}")
-    if config.select_epochs > 0 and config.blocks < 1:
-        raise ConfigError(
-            f"{name}.blocks: expected at least 1 block to stay after the sparse phase, found {config.blocks}"
-        )
-    if config.objective.bound <= 0 or config.objective.beta < 0 or config.objective.alpha < 0:
-        raise ConfigError(
-            f"{name}.objective: bound must be above 0, beta and alpha at least 0; found {config.objective}"
-        )
+    check_adapter(config.rank, config.scale, config.blocks if config.select_epochs > 0 else 1, name)
+    check_objective(config.objective, name)
     check_training(config.train, name)
-    for key in ("alpha_from", "select_epochs", "least_steps", "snap", "patience", "floor"):
-        if vars(config)[key] < 0:
-            raise ConfigError(f"{name}.{key}: expected 0 or more, found {vars(config)[key]}")
+    counted = ("alpha_from", "select_epochs", "least_steps", "snap", "patience", "floor")
+    check_counts({key: vars(config)[key] for key in counted}, name)
     check_leak(config.leak, f"{name}.leak")

@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from postgrad.core.config import RuntimeConfig, load_config, nearest
+from postgrad.core.config import RuntimeConfig, nearest
 from postgrad.core.distributed import first_rank
 from postgrad.core.report import Report
 from postgrad.core.runtime import Job, finish, finished, start
@@ -30,11 +30,11 @@ from postgrad.forgetting.base import BUILDERS, BaseConfig, fresh, train_base
 from postgrad.forgetting.baselines_table import BaselineConfig
 from postgrad.forgetting.bench import Bench, Outcome, Shown, beside, left, levels_for, relearned, scopes_of
 from postgrad.forgetting.comparison import chosen, compare
-from postgrad.forgetting.erase_config import PRESETS, EraseConfig, check_erase
+from postgrad.forgetting.erase_config import PRESETS, EraseConfig, check_erase, check_preset, preset_of
 from postgrad.forgetting.forget_report import forget_sections, summary
 from postgrad.forgetting.leakage_audit import AuditConfig, Views, check_audit
 from postgrad.forgetting.losses import forget_loss
-from postgrad.forgetting.policy import PolicyConfig, check_policy
+from postgrad.forgetting.policy import check_policy, read_policy
 from postgrad.forgetting.preview import Outlook, in_service, preview
 from postgrad.forgetting.request import ForgetRequest, read_requests, with_salt
 from postgrad.forgetting.sample_audit import Scope
@@ -102,9 +102,8 @@ def check(config: ForgetConfig) -> None:
     check_images(config.data)
     check_erase(config.erase)
     check_audit(config.audit)
-    check_policy(limits(config))
-    if config.preset != "own" and config.erase != EraseConfig():
-        raise ConfigError(f"erase: settings are given, but preset is {config.preset!r}; set preset to 'own'.")
+    check_policy(read_policy(config.policy))
+    check_preset(config.preset, config.erase, EraseConfig())
     if not 0 < config.share <= 1 or config.shots < 0 or config.missing < 0:
         raise ConfigError(
             "expected share above 0 and at most 1, shots and missing at least 0; found "
@@ -169,12 +168,8 @@ def _outlook(config: ForgetConfig, train: ImageSet) -> Outlook:
     there = config.model.path not in DRAWN or made.is_dir()
     model = replace(config.model, path=str(made)) if config.model.path in DRAWN and there else config.model
     classifier = fresh(model, train.classes, train, job).eval()
-    return Outlook(train, working(config, train), classifier, there, erasing(config), limits(config).few_shot_min)
-
-
-def limits(config: ForgetConfig) -> PolicyConfig:
-    """Read the policy."""
-    return load_config(PolicyConfig, config.policy) if config.policy else PolicyConfig()
+    settings, least = preset_of(config.preset, config.erase, PRESETS), read_policy(config.policy).few_shot_min
+    return Outlook(train, working(config, train), classifier, there, settings, least)
 
 
 def requests_of(config: ForgetConfig, images: ImageSet) -> list[ForgetRequest]:
@@ -295,6 +290,7 @@ def serve(bench: Bench, service: Service, config: ForgetConfig, job: Job) -> lis
     """Apply the requests that were not applied yet; audit after each, in either case."""
     (train, test), audits = bench.images, list[Outcome]()
     few_images = working(config, train)
+    settings = preset_of(config.preset, config.erase, PRESETS), read_policy(config.policy)
     before = service.earlier([request.id for request in bench.requests])
     for number, request in enumerate(bench.requests):
 
@@ -309,7 +305,7 @@ def serve(bench: Bench, service: Service, config: ForgetConfig, job: Job) -> lis
                 service.show(service.active)
                 material = replace(material, levels=levels_for(service.classifier, material.forget, test))
             part = replace(job, folder=job.folder / "requests" / request.id)
-            service.apply(request, material, (erasing(config), limits(config)), part, figures)
+            service.apply(request, material, settings, part, figures)
         else:
             service.show([*before, *(each.id for each in bench.requests[: number + 1])])
             figures()
@@ -349,11 +345,6 @@ def run(config: ForgetConfig) -> Report:
         sections = forget_sections(service, audits, others, *bench.references_of(audits), names=names)
         report = Report("forget", job.folder, summary(audits, service), sections)
     return _judged(config, finish(job, report))
-
-
-def erasing(config: ForgetConfig) -> EraseConfig:
-    """Give the settings of the preset."""
-    return config.erase if config.preset == "own" else PRESETS[config.preset]
 
 
 def _judged(config: ForgetConfig, report: Report) -> Report:

@@ -17,18 +17,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from postgrad.core.config import RuntimeConfig, dump_config, load_config, nearest
+from postgrad.core.batches import num_steps
+from postgrad.core.config import RuntimeConfig, nearest
 from postgrad.core.distributed import first_rank
 from postgrad.core.report import Report
 from postgrad.core.runtime import Job, finish, finished, start
 from postgrad.errors import ConfigError, DataError, GateError
-from postgrad.forgetting.blocks import ffn_blocks
+from postgrad.forgetting.anew import Expected, examine
+from postgrad.forgetting.anew_boxes import BoxesAnew
 from postgrad.forgetting.box_files import SHAPES, BoxesConfig, check_boxes, load_boxes
-from postgrad.forgetting.boxes import BoxSet, few_of_each
-from postgrad.forgetting.boxes_report import Found, boxes_sections, look, precisions, summary
+from postgrad.forgetting.boxes import BoxSet
+from postgrad.forgetting.boxes_bench import Bench, Settings, left
+from postgrad.forgetting.boxes_leakage import BoxAuditConfig, check_box_audit, see
+from postgrad.forgetting.boxes_report import boxes_sections, look, summary
+from postgrad.forgetting.boxes_service import ServiceBoxes, boxes_service, revoke_boxes
 from postgrad.forgetting.detector import (
     TINY,
     Detector,
@@ -39,18 +41,16 @@ from postgrad.forgetting.detector import (
     train_detector,
 )
 from postgrad.forgetting.entries import RevokeBody
-from postgrad.forgetting.erase_boxes import PRESETS, BoxMaterial, EraseBoxesConfig, check_erase_boxes, erase_boxes
-from postgrad.forgetting.network_service import Carried, NetworkService
-from postgrad.forgetting.policy import PolicyConfig, check_policy
-from postgrad.forgetting.request import ForgetRequest, manifest_hash, read_requests, with_salt
+from postgrad.forgetting.erase_boxes import PRESETS, EraseBoxesConfig, check_erase_boxes
+from postgrad.forgetting.erase_config import check_preset, preset_of
+from postgrad.forgetting.policy import check_policy, read_policy
+from postgrad.forgetting.request import ForgetRequest, read_requests, with_salt
 from postgrad.forgetting.schedules import TaskSplit
-from postgrad.forgetting.service_parts import adapter_name
 from postgrad.forgetting.service_runs import entries_of_run
+from postgrad.forgetting.verification import UNMEASURED
 
 LOSS = None
 """Each request has a curve of its own, in requests/<request>/."""
-NUM_NOISE, NOISE_SIDE = 2, 64
-"""Images of noise on which answers are compared bit for bit, and their height and width."""
 MADE = ("ring", "square")
 """What the built-in requests forget."""
 Plan = dict[str, str | int | float]
@@ -66,6 +66,9 @@ class ForgetBoxesConfig:
     """Images of each class to work with, forgotten and kept ones; 0 = all that show it."""
     preset: Literal["safe", "paper", "own"] = "safe"
     """How requests are erased; own = as the settings under erase say."""
+    gold: bool = True
+    """Train detectors that never saw the forgotten classes, to compare with: each costs as much as the base, which
+    must be trained here, too."""
     revoke: tuple[str, ...] = ()
     """Requests to revoke at the end, of earlier runs on the service, too."""
     service: str = ""
@@ -76,6 +79,8 @@ class ForgetBoxesConfig:
     """How a request is erased, with preset own."""
     base: DetectorBaseConfig = DetectorBaseConfig()
     """How the detector is trained first, if it is drawn from the seed."""
+    audit: BoxAuditConfig = BoxAuditConfig()
+    """How hard the leakage audit looks."""
     model: DetectorConfig = DetectorConfig()
     """The detector."""
     data: BoxesConfig = BoxesConfig()
@@ -88,9 +93,9 @@ def check(config: ForgetBoxesConfig) -> None:
     """Refuse settings that contradict each other."""
     check_boxes(config.data)
     check_erase_boxes(config.erase)
-    check_policy(limits(config))
-    if config.preset != "own" and config.erase != EraseBoxesConfig():
-        raise ConfigError(f"erase: settings are given, but preset is {config.preset!r}; set preset to 'own'.")
+    check_box_audit(config.audit)
+    check_policy(read_policy(config.policy))
+    check_preset(config.preset, config.erase, EraseBoxesConfig())
     if config.shots < 0:
         raise ConfigError(f"shots: expected 0 (all) or more, found {config.shots}.")
     if config.model.path == TINY and (config.model.width % 32 or config.model.layers < 2):
@@ -101,6 +106,11 @@ def check(config: ForgetBoxesConfig) -> None:
     requests = read_requests(map(Path, config.requests))
     if single := [request.id for request in requests if request.samples]:
         raise ConfigError(f"requests: expected whole classes to forget, found single images in {single}.")
+    if config.gold and requests and config.model.path != TINY:
+        raise ConfigError(
+            "gold: a detector that never saw the forgotten classes can be trained only where the base is trained, too; "
+            f"expected model.path {TINY}, found {config.model.path!r}. Set gold to false."
+        )
     if not (requests or config.revoke or config.service or config.data.path == SHAPES):
         raise ConfigError(
             "requests: expected request files; only the built-in shapes, or a service to check, do without."
@@ -118,19 +128,10 @@ def plan(config: ForgetBoxesConfig) -> Plan:
     named = {f"request {request.id}": ", ".join(request.classes) for request in requests_of(config)}
     return {
         "training images": len(train), "test images": len(test), "classes with boxes": len(train.counts),
-        "boxes": sum(train.counts.values()), **named, "models trained": int(config.model.path == TINY),
+        "boxes": sum(train.counts.values()), **named,
+        "models trained": int(config.model.path == TINY) * (1 + config.gold * len(named)),
         "requests to revoke": len(config.revoke),
     }  # fmt: skip
-
-
-def limits(config: ForgetBoxesConfig) -> PolicyConfig:
-    """Read the policy."""
-    return load_config(PolicyConfig, config.policy) if config.policy else PolicyConfig()
-
-
-def erasing(config: ForgetBoxesConfig) -> EraseBoxesConfig:
-    """Give the settings of the preset."""
-    return config.erase if config.preset == "own" else PRESETS[config.preset]
 
 
 def requests_of(config: ForgetBoxesConfig) -> list[ForgetRequest]:
@@ -191,74 +192,24 @@ def base_of(config: ForgetBoxesConfig, boxes: BoxSet, job: Job) -> tuple[Detecto
     return detector, "base/model"
 
 
-def noise(detector: Detector) -> Tensor:
-    """Compute what a detector makes of noise, always the same."""
-    drawn = torch.randn(NUM_NOISE, 3, NOISE_SIDE, NOISE_SIDE, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        out = detector.network.eval()(pixel_values=drawn.to(detector.device))
-    return torch.cat([out.logits.flatten(), out.pred_boxes.flatten()])
+def gold_detector(config: ForgetBoxesConfig, boxes: BoxSet, split: TaskSplit, number: int, job: Job) -> Detector | None:
+    """Train gold for a request, from the base's first weights on what is left; None where none is wanted.
+
+    It takes as many steps as the base: images with a forgotten object are many, and without them an epoch is short.
+    """
+    if not config.gold:
+        return None
+    steps = num_steps(len(boxes), config.base.train)
+    base = replace(config.base, train=replace(config.base.train, max_steps=steps))
+    detector = load_detector(config.model, boxes.classes, job)
+    train_detector(detector, left(boxes, split), base, replace(job, folder=job.folder / f"gold-{number}"))
+    return detector
 
 
-def material(
-    service: NetworkService, request: ForgetRequest, boxes: BoxSet, split: TaskSplit, shots: int, seed: int
-) -> BoxMaterial:
-    """Choose the images a request is learnt from."""
-    forget, retain = boxes.showing(split.forget), boxes.showing(split.remain)
-    if few := request.shots or shots:
-        forget, retain = few_of_each(forget, few, seed), few_of_each(retain, few, seed)
-    return BoxMaterial(forget, retain, len(service.active))
-
-
-@dataclass(frozen=True, eq=False)
-class Bench:
-    """What the requests of a run are served with."""
-
-    config: ForgetBoxesConfig
-    service: NetworkService
-    detector: Detector
-    boxes: tuple[BoxSet, BoxSet]
-    before: Found
-    """By the base, on test images."""
-    job: Job
-
-    def apply(self, request: ForgetRequest, split: TaskSplit) -> None:
-        """Carry out a request: train its adapter, write it, measure, enter it in the ledger, certify."""
-        config, service, network = self.config, self.service, self.detector.network
-        earlier = service.active
-        service.show(earlier)
-        chosen = material(service, request, self.boxes[0], split, config.shots, self.job.seed)
-        part = replace(self.job, folder=self.job.folder / "requests" / request.id)
-        settings, name = erasing(config), adapter_name(request.id)
-        outcome = erase_boxes(self.detector, chosen, name, [adapter_name(each) for each in earlier], settings, part)
-        service.write(request)
-        counts = {
-            "num_earlier": float(chosen.number), "steps": float(outcome.steps),
-            "min_shots": float(min(chosen.forget.counts.values())),
-        }  # fmt: skip
-        metrics = self.measure(split)
-        carried = Carried(
-            blocks=ffn_blocks(network), num_forget=len(chosen.forget), num_retain=len(chosen.retain),
-            manifest_hash=manifest_hash(request.salt, chosen.forget.hashes), config=dump_config(settings),
-            seed=self.job.seed, hardware=str(self.job.device), metrics={**metrics, **counts}, policy=limits(config),
-        )  # fmt: skip
-        service.enter(request, carried)
-
-    def measure(self, split: TaskSplit) -> dict[str, float]:
-        """Measure the detector as it is on test images."""
-        return precisions(self.before, look(self.detector, self.boxes[1]), split)
-
-    def revoke(self, name: str) -> None:
-        """Take a request back; the classes it had forgotten are measured again."""
-        back = self.service.labels([name])
-        gone = self.service.labels(each for each in self.service.active if each != name)
-        kept = tuple(label for label in sorted(self.boxes[1].counts) if label not in (*back, *gone))
-
-        def metrics() -> dict[str, float]:
-            found = self.measure(TaskSplit(kept, back, gone))
-            names = {"ap_r": "ap_r", "ap_f": "ap_back", "ap_o": "ap_o"}
-            return {new: found[old] for old, new in names.items() if old in found}
-
-        self.service.revoke(name, metrics)
+def settings_of(config: ForgetBoxesConfig) -> Settings:
+    """Say how requests are served."""
+    erase = preset_of(config.preset, config.erase, PRESETS)
+    return Settings(erase, read_policy(config.policy), config.audit, config.shots)
 
 
 def run(config: ForgetBoxesConfig) -> Report:
@@ -269,26 +220,35 @@ def run(config: ForgetBoxesConfig) -> Report:
     train, test = load_boxes(config.data, job.seed)
     requests = requests_of(config)
     if config.model.path == TINY:
-        splits_of(requests, train, ())  # refuses before anything is trained
+        for split in splits_of(requests, train, ()):  # refuses before anything is trained
+            if config.gold:
+                left(train, split)
     detector, name = base_of(config, train, job)
     boxes = train.renamed(detector.classes), test.renamed(detector.classes)
     before = look(detector, boxes[1])
     folder = Path(config.service) if config.service else job.folder / "service"
-    with NetworkService(folder, detector.network, detector.classes, name, lambda: noise(detector)).open() as service:
+    with boxes_service(folder, detector, name).open() as service:
         mine = first_rank(lambda: entries_of_run(folder, job))
-        bench = Bench(config, service, detector, boxes, before, job)
-        others = [each for each in service.active if each not in [request.id for request in requests]]
-        for request, split in zip(requests, splits_of(requests, boxes[0], service.labels(others)), strict=True):
+        seen = see(detector, boxes, config.audit, job.seed) if requests else None
+        bench = Bench(service, detector, boxes, before, seen, settings_of(config), job)
+        others = [each for each in service.forgotten if each not in [request.id for request in requests]]
+        splits = splits_of(requests, boxes[0], service.labels(others))
+        for number, (request, split) in enumerate(zip(requests, splits, strict=True), 1):
             if service.carried_out(request) is None:
-                bench.apply(request, split)
+                bench.apply(request, split, gold_detector(config, boxes[0], split, number, job))
         revoked = [entry.body.request for entry in mine if isinstance(entry.body, RevokeBody)]
         for each in config.revoke:
             if each not in revoked:
-                bench.revoke(each)
+                revoke_boxes(service, each, detector, boxes[1])
         service.show(service.active)
         after = look(detector, boxes[1])
-        findings = service.findings(None if requests or config.revoke else bench.measure)
-        results = {**summary(service, before, after), "errors": len(findings)}
+        findings = service.findings()
+        if not (requests or config.revoke):
+            anew = BoxesAnew(service, detector, ServiceBoxes(config.data, detector.classes))
+            examined = first_rank(lambda: examine(folder, anew, Expected()).findings)
+            findings = [each for each in examined if each.found != UNMEASURED]
+            service.show(service.active)
+        results = {**summary(service, before, after), "errors": sum(each.severity == "error" for each in findings)}
         report = Report("forget_boxes", job.folder, results, boxes_sections(service, before, after, findings))
     return _judged(finish(job, report))
 

@@ -154,7 +154,7 @@ class Audit:
         found |= {name: vars(self)[name] for name in ("cka", "cosine", "js_gold", "activation_gold", "zrf")}
         found |= {"relearn_50": self.relearn(0.5), "relearn_90": self.relearn(0.9)}
         found |= {f"svc_{name.replace(' ', '_')}": attack.members for name, attack in self.svc.items()}
-        return _spread(found)
+        return spread(found)
 
 
 def attack(views: Views, split: TaskSplit, config: AuditConfig | None = None) -> Attacked:
@@ -255,6 +255,17 @@ def check_audit(config: AuditConfig) -> None:
         check_relearn(config.relearn)
 
 
+def spread(found: Mapping[str, float | Interval | None]) -> dict[str, float]:
+    """Write intervals as value, _low and _high; leave out what is missing or no number."""
+    flat: dict[str, float] = {}
+    for name, value in found.items():
+        if isinstance(value, Interval):
+            flat |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+        elif value is not None:
+            flat[name] = value
+    return {name: value for name, value in flat.items() if math.isfinite(value)}
+
+
 def _svc(views: Views, split: TaskSplit, config: AuditConfig) -> dict[str, Attack]:
     """Train the attacks on retained training against test samples and ask about the forgotten training samples."""
     groups = (views.train.of(split.replayed), views.test.of(split.replayed), views.train.of(split.forget))
@@ -266,14 +277,3 @@ def _svc(views: Views, split: TaskSplit, config: AuditConfig) -> dict[str, Attac
 
 def _width(found: Attacked) -> int:
     return found.forgotten.logits.shape[1]
-
-
-def _spread(found: Mapping[str, float | Interval | None]) -> dict[str, float]:
-    """Write intervals as value, _low and _high; leave out what is missing or no number."""
-    flat: dict[str, float] = {}
-    for name, value in found.items():
-        if isinstance(value, Interval):
-            flat |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
-        elif value is not None:
-            flat[name] = value
-    return {name: value for name, value in flat.items() if math.isfinite(value)}

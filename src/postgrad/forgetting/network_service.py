@@ -5,6 +5,7 @@ the ledger, the certificates and their checks are the same. What is particular t
 fixed, comes from the caller.
 """
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 
 from postgrad import __version__
 from postgrad.core.distributed import first_rank
-from postgrad.core.layer_adapters import activate, adapter_names, base_hashes, drop, import_adapter, pairs
+from postgrad.core.layer_adapters import activate, adapter_names, bake, base_hashes, drop, import_adapter, pairs
 from postgrad.errors import ArtefactError
+from postgrad.forgetting.base_record import install_record, prepare_record, read_classes
 from postgrad.forgetting.blocks import Block
-from postgrad.forgetting.entries import ApplyBody, Body, Entry, Finding, RevokeBody, digest
+from postgrad.forgetting.entries import ApplyBody, BakeBody, Body, Entry, Finding, RevokeBody, digest
 from postgrad.forgetting.ledger import Ledger, current_base, states
 from postgrad.forgetting.policy import PolicyConfig, policy_limits
 from postgrad.forgetting.request import ForgetRequest, class_prints, read_request, request_hash
@@ -35,12 +37,10 @@ from postgrad.forgetting.service_parts import (
     first_body,
     mend,
     uncertified,
+    unchanged,
     write_adapter,
 )
 from postgrad.forgetting.verification import hash_files, verify_service
-
-TOLERANCE = 1.0
-"""Points that a figure measured anew may differ from the one on record, as another machine's may."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,8 @@ class NetworkService:
     network: nn.Module
     classes: tuple[str, ...]
     base_name: str
-    answers: Callable[[], Tensor]
-    """What the network makes of something fixed, to compare bit for bit."""
+    answers: Callable[[nn.Module], Tensor]
+    """What a network makes of something fixed, to compare bit for bit."""
     ledger: Ledger = field(init=False)
     _let_go: Callable[[], object] = lambda: None
 
@@ -107,6 +107,12 @@ class NetworkService:
     def active(self) -> tuple[str, ...]:
         """Name the requests in use, in order."""
         return self._in_use(len(self.ledger.entries()))
+
+    @property
+    def forgotten(self) -> tuple[str, ...]:
+        """Name the requests in use and those that became part of the base."""
+        found = states(self.ledger.entries())
+        return tuple(name for name, state in found.items() if state != "revoked")
 
     def request(self, name: str) -> ForgetRequest:
         """Read a request that was applied."""
@@ -157,7 +163,7 @@ class NetworkService:
         linears = [layer for block in carried.blocks for layer in block.linears if layer in adapted]
         changed = tuple(block.name for block in carried.blocks if adapted & set(block.linears))
         tensors = tuple(f"{layer}.weight" for layer in linears)
-        identical = self._identical(tensors)
+        identical = unchanged(self._hashes(), tensors)
         body = ApplyBody(
             request=request.id, request_hash=request_hash(request), class_prints=class_prints(request),
             num_samples=len(request.samples), num_forget=carried.num_forget, num_retain=carried.num_retain,
@@ -195,30 +201,54 @@ class NetworkService:
         left = [each for each in self.active if each != request]
         self.show(self.active)
         self.show(left)
-        now = self.answers()
+        now = self.answers(self.network)
         self.show(())
         self.show(left)
-        return torch.equal(now, self.answers())
+        return torch.equal(now, self.answers(self.network))
 
-    def findings(self, measure: Callable[[TaskSplit], Mapping[str, float]] | None = None) -> list[Finding]:
-        """Check the whole folder against the ledger and the network at hand.
+    def bake(
+        self, folder: Path, save: Callable[[nn.Module], object], load: Callable[[], nn.Module],
+        metrics: Callable[[nn.Module], Mapping[str, float]],
+    ) -> Entry:  # fmt: skip
+        """Write a new base with all requests in use added to its weights; the service goes on from it.
 
-        Args: measure: gives a request's figures anew, with the requests in use that were when it was applied.
+        `network` is another one afterwards; the one given stays as it is. Before the ledger's entry the service knows
+        nothing of the new base, after it nothing else.
+
+        Args:   folder: where `save` writes and `load` reads.  metrics: measures what `load` gives.
+        Raises: ArtefactError: nothing is in use.
         """
+        names, before = self.active, self._base_hash()
+        if not names:
+            raise ArtefactError("no request is in use, so there is nothing to bake.")
+        self._hashes()
+        self.show(names)
+        old = self.answers(self.network)
+        made = copy.deepcopy(self.network)
+        bake(made, [adapter_name(name) for name in names])
+        first_rank(lambda: save(made))
+        made = load()
+        apart = float((self.answers(made) - old).abs().max())
+        figures = {"largest_difference": apart, **metrics(made)}
+        hashes = base_hashes(made)
+        base = first_rank(lambda: prepare_record(self.folder, str(folder), hashes, self.classes))
+        entry = self._add(
+            BakeBody(
+                requests=names, base_hash=before, new_base_hash=base.base_hash, record_hash=base.record_hash,
+                num_tensors=len(hashes), metrics=figures, code_version=__version__,
+            )
+        )  # fmt: skip
+        self.network, self.base_name = made, str(folder)
+        first_rank(lambda: install_record(self.folder, base))
+        return entry
 
-        def again(entry: Entry) -> Mapping[str, float]:
-            assert measure is not None and isinstance(entry.body, ApplyBody), "only requests are measured anew"
-            if entry.body.base_hash != self._base_hash():
-                return {}
-            self.show(self._in_use(entry.index + 1))
-            return {key: value for key, value in measure(self.split_at(entry)).items() if key in entry.body.metrics}
+    def findings(self) -> list[Finding]:
+        """Check the whole folder against the ledger and the network at hand."""
+        return first_rank(lambda: verify_service(self.folder, tensors=base_hashes(self.network)))
 
-        found = first_rank(lambda: verify_service(self.folder, tensors=base_hashes(self.network)))
-        if measure is None or any(finding.severity == "error" for finding in found):
-            return found
-        more = verify_service(self.folder, measure=again, tolerance=TOLERANCE)
-        self.show(self.active)
-        return found + [finding for finding in more if finding not in found]
+    def in_use_at(self, entry: Entry) -> tuple[str, ...]:
+        """Name the requests that were in use right after an entry, in order."""
+        return self._in_use(entry.index + 1)
 
     def split_at(self, entry: Entry) -> TaskSplit:
         """Say which classes the request of an entry kept, forgot, and found forgotten."""
@@ -241,11 +271,16 @@ class NetworkService:
 
     def _mend(self) -> None:
         """Bring the folder to what the ledger says, whatever a stopped process left."""
-        self._hashes()
-        entries = self.ledger.entries()
+        hashes, entries = self._hashes(), self.ledger.entries()
         first_rank(lambda: mend(self.folder, entries))
+        if (found := read_classes(self.folder)) != self.classes:
+            raise ArtefactError(
+                f"{self.folder} belongs to a base of the classes {', '.join(found[:5])}, and so on; the model at hand, "
+                f"{self.base_name}, has {', '.join(self.classes[:5])}. Give the service's base as it was, or another "
+                "service folder."
+            )
         for body, entry in first_rank(lambda: uncertified(self.folder, entries)):
-            self._certify(entry, self.request(body.request), self._identical(body.tensors))
+            self._certify(entry, self.request(body.request), unchanged(hashes, body.tensors))
 
     def _add(self, body: Body) -> Entry:
         return first_rank(lambda: enter(self.ledger, body))
@@ -258,9 +293,6 @@ class NetworkService:
         hashes = base_hashes(self.network)
         check_base(self.folder, self.ledger.entries(), hashes, self.base_name)
         return hashes
-
-    def _identical(self, touched: Sequence[str]) -> dict[str, str]:
-        return {name: value for name, value in sorted(self._hashes().items()) if name not in touched}
 
     def _certify(self, entry: Entry, request: ForgetRequest, identical: Mapping[str, str]) -> None:
         first_rank(lambda: certify(self.folder, entry, request, identical))

@@ -8,10 +8,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from postgrad.core.config import load_config
 from postgrad.errors import ConfigError
 
 Outcome = Literal["met", "failed", "not measured"]
-JUDGED = ("acc_f", "acc_r", "acc_r_pretrained", "acc_o", "mia_auc", "knn_excess", "probe_excess")
+JUDGED = (
+    "acc_f", "acc_r", "acc_r_pretrained", "acc_o", "ap_f", "ap_r", "ap_r_pretrained", "ap_o", "mia_auc", "knn_excess",
+    "probe_excess",
+)  # fmt: skip
 """Figures of the model that a policy looks at."""
 SINGLE = "num_single_images"
 """A figure that only requests for single images have. A model that never saw an image may name it rightly, too: they
@@ -65,6 +69,11 @@ class Verdict(NamedTuple):
         if self.found is None:
             return "not measured"
         return "met" if self.passed else "failed"
+
+
+def read_policy(path: str) -> PolicyConfig:
+    """Read a file of limits; "" = the usual ones."""
+    return load_config(PolicyConfig, path, "policy") if path else PolicyConfig()
 
 
 def check_policy(policy: PolicyConfig) -> None:

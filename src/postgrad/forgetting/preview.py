@@ -120,7 +120,7 @@ def cost(
     if request.shots:
         gone, kept = (_shots(which, labels, request.shots) for which in (gone, kept))
     batches = PairBatches(sum(kept), sum(gone), config.train.batch_size, 1, 0)
-    selecting, training = config.select_epochs, epochs_of(config, batches.epoch_steps)
+    selecting, training = config.select_epochs, epochs_of(config.train, config.least_steps, batches.epoch_steps)
     each = min(sum(kept), config.train.batch_size) + min(sum(gone), config.train.batch_size)
     # after a selection only the later half of the blocks is computed
     share = 0.5 if selecting and config.together else 1.0

@@ -101,7 +101,7 @@ def read_request(path: Path) -> ForgetRequest:
 
     Raises:  ConfigError: with file, key and, for an unknown key, the nearest name.
     """
-    request = load_config(ForgetRequest, path)
+    request = load_config(ForgetRequest, path, "request")
     try:
         check_request(request)
     except ConfigError as error:

@@ -11,7 +11,8 @@ Source:    none; GS-LoRA (arXiv 2403.11530) merges its adapters, and cannot undo
 Stopped or killed, the same command goes on where it was.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +20,12 @@ from postgrad.core.config import RuntimeConfig
 from postgrad.core.distributed import first_rank
 from postgrad.core.report import Cell, Note, Report, Section, Table
 from postgrad.core.runtime import Job, finish, finished, progress, start, stop_on_signals, stop_requested
-from postgrad.core.vision import ImagesConfig, ImageSet, check_images
+from postgrad.core.vision import ImagesConfig, check_images
 from postgrad.core.vision_models import ClassifierConfig
 from postgrad.errors import ArtefactError, ConfigError, GateError, Interrupted
+from postgrad.forgetting.base_record import read_kind
+from postgrad.forgetting.box_files import BoxesConfig, check_boxes
+from postgrad.forgetting.boxes_service import ServiceBoxes, boxes_service, load_boxes_base, revoke_boxes
 from postgrad.forgetting.entries import Entry, RevokeBody
 from postgrad.forgetting.ledger import Ledger, states
 from postgrad.forgetting.service import Service
@@ -32,7 +36,6 @@ from postgrad.forgetting.service_runs import (
     check_service,
     entries_of_run,
     in_use,
-    is_of_texts,
     load_base,
     seed_of,
     workplace,
@@ -41,6 +44,9 @@ from postgrad.forgetting.text_service import load_text_base, revoke_texts, text_
 
 LOSS = None
 Plan = dict[str, str | int | float]
+Revoke = Callable[[str], object]
+SHOWN = (("of its classes", "back"), ("of kept classes", "r"), ("of classes still forgotten", "o"))
+"""Columns of the report, and how the figures' names end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +62,9 @@ class RevokeConfig:
     model: ClassifierConfig = ClassifierConfig(path=BASE_MODEL)
     """The service's base."""
     data: ImagesConfig = ImagesConfig()
-    """The images that the service was made with."""
+    """The images that a classifier's service was made with."""
+    boxes: BoxesConfig = BoxesConfig(path="")
+    """The images and boxes that a detector's service was made with; path "" = nothing is measured."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Where and how the run happens."""
 
@@ -65,6 +73,7 @@ def check(config: RevokeConfig) -> None:
     """Refuse settings that contradict each other."""
     check_service(config.service, config.model)
     check_images(config.data)
+    check_boxes(config.boxes)
     if not config.requests or len(set(config.requests)) < len(config.requests):
         raise ConfigError(f"requests: expected one id or more, each once; found {list(config.requests)}.")
 
@@ -95,33 +104,45 @@ def run(config: RevokeConfig) -> Report:
         return _judged(report)
     folder = first_rank(lambda: workplace(config.service, config.rehearse, job))
     done = [body.request for body in revocations(first_rank(lambda: entries_of_run(folder, job)))]
-    entries, images = Ledger(folder).entries(), ServiceImages(config.data, folder, job)
-    check_requests(config.requests, entries, done)
-    with stop_on_signals(), progress(job, 1 + len(config.requests), "revoked") as bar:
-        if is_of_texts(folder):
-            _revoke_texts(config, folder, done, job, bar)
-            return _report(config, folder, job)
-        shown = {request: images.of(seed_of(entries, request)) for request in config.requests}
-        classifier = load_base(config.model, folder, job, next(iter(shown.values())))
+    check_requests(config.requests, Ledger(folder).entries(), done)
+    undo = {"classes": _classes, "boxes": _boxes, "texts": _texts}[read_kind(folder)]
+    frame = progress(job, 1 + len(config.requests), "revoked")
+    with stop_on_signals(), frame as bar, undo(config, folder, job) as revoke:
         bar.advance()
-        with Service.open(folder, classifier, config.model.path) as service:
-            for request in config.requests:
-                _revoke(service, request, shown[request], done)
-                bar.advance()
-    return _report(config, folder, job)
-
-
-def _revoke_texts(config: RevokeConfig, folder: Path, done: Sequence[str], job: Job, bar: progress) -> None:
-    """Revoke requests to a language model."""
-    model = load_text_base(config.model.path, job)
-    bar.advance()
-    with text_service(folder, model, config.model.path).open() as service:
         for request in config.requests:
             if stop_requested():
                 raise Interrupted("Stopped; what was revoked is in the ledger.")
             if request not in done:
-                revoke_texts(service, request)
+                revoke(request)
             bar.advance()
+    return _report(config, folder, job)
+
+
+@contextmanager
+def _classes(config: RevokeConfig, folder: Path, job: Job) -> Iterator[Revoke]:
+    """Hold a classifier's service."""
+    entries, images = Ledger(folder).entries(), ServiceImages(config.data, folder, job)
+    shown = {request: images.of(seed_of(entries, request)) for request in config.requests}
+    classifier = load_base(config.model, folder, job, next(iter(shown.values())))
+    with Service.open(folder, classifier, config.model.path) as service:
+        yield lambda request: service.revoke(request, shown[request])
+
+
+@contextmanager
+def _boxes(config: RevokeConfig, folder: Path, job: Job) -> Iterator[Revoke]:
+    """Hold a detector's service."""
+    entries, detector = Ledger(folder).entries(), load_boxes_base(config.model.path, job)
+    images = ServiceBoxes(config.boxes, detector.classes) if config.boxes.path else None
+    shown = {request: images.of(seed_of(entries, request)) if images else None for request in config.requests}
+    with boxes_service(folder, detector, config.model.path).open() as service:
+        yield lambda request: revoke_boxes(service, request, detector, shown[request])
+
+
+@contextmanager
+def _texts(config: RevokeConfig, folder: Path, job: Job) -> Iterator[Revoke]:
+    """Hold a language model's service; nothing is measured, since no row is at hand."""
+    with text_service(folder, load_text_base(config.model.path, job), config.model.path).open() as service:
+        yield lambda request: revoke_texts(service, request)
 
 
 def _report(config: RevokeConfig, folder: Path, job: Job) -> Report:
@@ -133,14 +154,6 @@ def _report(config: RevokeConfig, folder: Path, job: Job) -> Report:
         "requests_in_use": len(in_use(entries)),
     }  # fmt: skip
     return _judged(finish(job, Report("revoke", job.folder, results, sections(found, config.rehearse))))
-
-
-def _revoke(service: Service, request: str, images: ImageSet, done: Sequence[str]) -> None:
-    """Revoke one request unless an earlier part of this run did."""
-    if stop_requested():
-        raise Interrupted("Stopped; what was revoked is in the ledger.")
-    if request not in done:
-        service.revoke(request, images)
 
 
 def revocations(entries: Sequence[Entry]) -> list[RevokeBody]:
@@ -163,11 +176,14 @@ def sections(found: Sequence[RevokeBody], rehearsed: bool) -> tuple[Section, ...
     ]  # fmt: skip
     if rehearsed:
         notes.append(Note("A rehearsal", "A copy of the service was changed; the service is as it was."))
-    rows = tuple(
-        (body.request, *(body.metrics.get(name, "–") for name in ("acc_back", "acc_r", "acc_o"))) for body in found
-    )
-    columns = ("request", "of its classes", "of kept classes", "of classes still forgotten")
-    return (*notes, Table("Accuracy after each revocation", columns, rows, "Per cent of test images."))
+    rows = tuple((body.request, *(_figure(body, end) for _, end in SHOWN)) for body in found)
+    note = "On test images: accuracy in per cent, of detectors AP in points."
+    return (*notes, Table("After each revocation", ("request", *(title for title, _ in SHOWN)), rows, note))
+
+
+def _figure(body: RevokeBody, end: str) -> Cell:
+    """Give an accuracy, or the AP that a detector has in its place."""
+    return body.metrics.get(f"acc_{end}", body.metrics.get(f"ap_{end}", "–"))
 
 
 def _judged(report: Report) -> Report:

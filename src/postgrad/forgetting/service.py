@@ -11,7 +11,7 @@ opened again. An adapter without an entry is what a stopped process left, and is
 """
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,7 @@ from postgrad.forgetting.service_parts import (
     mend,
     noise,
     uncertified,
+    unchanged,
     write_adapter,
 )
 from postgrad.forgetting.verification import hash_files
@@ -202,14 +203,14 @@ class Service:
             drop(network, name)
             import_adapter(network, place, name)
             activate(network, [*earlier, name])
-            body = self._body(request, material, erased, configs, job, figures())
+            body, identical = self._body(request, material, erased, configs, job, figures())
             entry = self._enter(body)
         except Exception as error:
             self._load()
             if isinstance(error, GateError):
                 raise GateError(f"request {request.id!r}: {error}") from error
             raise
-        self._certify(body, entry)
+        self._certify(entry, request, identical)
         return entry
 
     def revoke(self, request: str, images: ImageSet) -> Entry:
@@ -317,7 +318,7 @@ class Service:
 
     def _load(self) -> None:
         """Bring folder and classifier to what the ledger says, whatever a stopped process or a failed call left."""
-        self._hashes()
+        hashes = self._hashes()
         entries, network = self.ledger.entries(), self.classifier.network
         first_rank(lambda: mend(self.folder, entries))
         for name in adapter_names(network):
@@ -325,7 +326,7 @@ class Service:
                 drop(network, name)
         self.show(self.active)
         for body, entry in first_rank(lambda: uncertified(self.folder, entries)):
-            self._certify(body, entry)
+            self._certify(entry, self.request(body.request), unchanged(hashes, body.tensors))
         self._seen = entries[-1].hash
 
     def _check_current(self) -> None:
@@ -347,26 +348,21 @@ class Service:
         check_base(self.folder, self.ledger.entries(), hashes, self.base_name)
         return hashes
 
-    def _identical(self, touched: Collection[str]) -> dict[str, str]:
-        """Hash the base's tensors, without those whose effect a request changed."""
-        return {name: value for name, value in sorted(self._hashes().items()) if name not in touched}
-
-    def _certify(self, body: ApplyBody, entry: Entry) -> None:
-        identical = self._identical(body.tensors)
-        first_rank(lambda: certify(self.folder, entry, self.request(body.request), identical))
+    def _certify(self, entry: Entry, request: ForgetRequest, identical: Mapping[str, str]) -> None:
+        first_rank(lambda: certify(self.folder, entry, request, identical))
 
     def _body(
         self, request: ForgetRequest, material: Material, erased: Erased, configs: tuple[EraseConfig, PolicyConfig],
         job: Job, metrics: Mapping[str, float],
-    ) -> ApplyBody:  # fmt: skip
-        """Say what was done."""
+    ) -> tuple[ApplyBody, dict[str, str]]:  # fmt: skip
+        """Say what was done, and which tensors are as they were."""
         config, policy = configs
         tensors = tuple(f"{layer}.weight" for layer in erased.linears)
-        identical = self._identical(tensors)
+        identical = unchanged(self._hashes(), tensors)
         blocks = ffn_blocks(self.classifier.network, placement=config.placement)
         changed = tuple(block.name for block in blocks if set(block.linears) & set(erased.linears))
         figures = {**metrics, **counts(len(changed), material, erased)}
-        return ApplyBody(
+        body = ApplyBody(
             request=request.id, request_hash=request_hash(request), class_prints=class_prints(request),
             num_samples=len(request.samples), num_forget=len(material.forget), num_retain=len(material.retain),
             manifest_hash=manifest_hash(request.salt, material.forget.hashes),
@@ -377,3 +373,4 @@ class Service:
             adapter_files=hash_files(self.folder / "adapters" / request.id), metrics=figures,
             policy=policy_limits(policy),
         )  # fmt: skip
+        return body, identical

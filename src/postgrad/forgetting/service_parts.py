@@ -111,6 +111,11 @@ def check_adapter(folder: Path, entries: Sequence[Entry], request: str) -> None:
             )
 
 
+def unchanged(hashes: Mapping[str, str], touched: Collection[str]) -> dict[str, str]:
+    """List the base's tensors without those whose effect a request changed."""
+    return {name: value for name, value in sorted(hashes.items()) if name not in touched}
+
+
 def write_adapter(place: Path, network: nn.Module, request: ForgetRequest, base: str) -> None:
     """Write a request's folder: its adapter as peft does, and the request itself."""
     place.parent.mkdir(exist_ok=True)

@@ -45,11 +45,6 @@ def check_folder(folder: str) -> None:
         )
 
 
-def is_of_texts(folder: Path) -> bool:
-    """Say whether a service is a language model's: its base has no classes."""
-    return not read_classes(folder)
-
-
 def workplace(service: str, rehearse: bool, job: Job) -> Path:
     """Give the folder to work on: the service's own or, for a rehearsal, a copy in the run folder."""
     original, copy = Path(service), job.folder / "service"

@@ -7,7 +7,6 @@ Letters: R rows, T tokens, D width.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +18,7 @@ from postgrad.core.config import ModelConfig
 from postgrad.core.models import hidden_states, load_lm
 from postgrad.core.rows import Tree, pack
 from postgrad.core.runtime import Job
-from postgrad.errors import ArtefactError, ModelError
-from postgrad.forgetting.entries import Entry, Finding
-from postgrad.forgetting.ledger import states
+from postgrad.forgetting.entries import Entry
 from postgrad.forgetting.network_service import NetworkService
 from postgrad.forgetting.policy import PolicyConfig
 
@@ -32,7 +29,7 @@ NOISE_ROWS, NOISE_TOKENS = 4, 24
 
 def text_service(folder: Path, model: nn.Module, base_name: str) -> NetworkService:
     """Make the service of a language model; `open` begins it or goes on with it."""
-    return NetworkService(folder, model, (), base_name, partial(answers_to_noise, model))
+    return NetworkService(folder, model, (), base_name, answers_to_noise)
 
 
 def load_text_base(path: str, job: Job) -> nn.Module:
@@ -53,18 +50,6 @@ def revoke_texts(service: NetworkService, request: str) -> Entry:
         return {}
 
     return service.revoke(request, none)
-
-
-def loading_problems(folder: Path, model: nn.Module, base_name: str) -> list[Finding]:
-    """Load each request's adapter in turn, and list those that cannot be; nothing is written."""
-    service, found = text_service(folder, model, base_name), list[Finding]()
-    for name in states(service.ledger.entries()):
-        try:
-            service.show([name])
-        except (ArtefactError, ModelError) as error:
-            found.append(Finding(f"adapters/{name}", "adapter", "one that can be loaded", str(error)))
-    service.show(())
-    return found
 
 
 @torch.no_grad()

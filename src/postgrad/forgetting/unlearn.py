@@ -162,7 +162,7 @@ def request_of(config: UnlearnConfig, samples: Sequence[str]) -> ForgetRequest:
     """
     asked = ForgetRequest(id=config.request or FIRST)
     if config.request and (Path(config.request).is_file() or not REQUEST_ID.fullmatch(config.request)):
-        asked = load_config(ForgetRequest, config.request)
+        asked = load_config(ForgetRequest, config.request, "request")
     if asked.classes or asked.samples or asked.shots:
         raise ConfigError(f"{config.request}: expected no classes, samples or shots: the rows say what to forget.")
     salt = asked.salt or f"{config.runtime.seed % 16**32:032x}"

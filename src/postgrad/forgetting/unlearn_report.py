@@ -53,23 +53,32 @@ class Found:
         return {name: rows for name, rows in named.items() if rows}
 
     def separations(self, by: Literal["loss", "greedy"]) -> dict[str, Separation]:
-        """Say for each model how well rows to forget and rows never seen can be told apart.
-
-        Args: by: the loss a token, or the share of tokens that are the likeliest ones.
-        """
-        if "held_out" not in self.before:
-            return {}
-        sides = {}
-        for name, rows in self.models.items():
-            both = [rows[part].measured for part in ("forget", "held_out")]
-            sides[name] = loss_sides(*(each.means if by == "loss" else -each.known for each in both))
-        return {name: separation(each, sides.get("gold")) for name, each in sides.items()}
+        """Say for each model how well rows to forget and rows never seen can be told apart."""
+        return separations(self.models, by)
 
     def quality(self, parts: Parts) -> float | None:
         """Give TOFU's forget quality; None without gold or wrong answers."""
-        if not self.gold or not self.gold["forget"].offered:
-            return None
-        return forget_quality(parts["forget"].ratios, self.gold["forget"].ratios)
+        return quality(parts, self.gold)
+
+
+def separations(models: Mapping[str, Parts], by: Literal["loss", "greedy"]) -> dict[str, Separation]:
+    """Say for each model how well rows to forget and rows never seen can be told apart; nothing without the latter.
+
+    Args: by: the loss a token, or the share of tokens that are the likeliest ones.
+    """
+    sides = {}
+    for name, rows in models.items():
+        if "held_out" in rows:
+            both = [rows[part].measured for part in ("forget", "held_out")]
+            sides[name] = loss_sides(*(each.means if by == "loss" else -each.known for each in both))
+    return {name: separation(each, sides.get("gold")) for name, each in sides.items()}
+
+
+def quality(parts: Parts, gold: Parts) -> float | None:
+    """Give TOFU's forget quality; None without gold or wrong answers."""
+    if not gold or not gold["forget"].offered:
+        return None
+    return forget_quality(parts["forget"].ratios, gold["forget"].ratios)
 
 
 def utility(parts: Parts) -> float:
@@ -80,29 +89,32 @@ def utility(parts: Parts) -> float:
 
 
 def recorded(found: Found) -> dict[str, float]:
-    """Give the figures that the ledger and the certificate hold; accuracy is the share of answers recited."""
-    figures: dict[str, float] = {"num_target_tokens": float(found.after["forget"].measured.tokens.sum())}
+    """Give the figures that the ledger and the certificate hold."""
+    counts = {"num_earlier": float(found.num_earlier), "steps": float(found.outcome.steps)}
+    return {**measured(found.before, found.after, found.gold), **counts}
+
+
+def measured(before: Parts, after: Parts, gold: Parts) -> dict[str, float]:
+    """Give the figures of one model beside another; accuracy is the share of answers recited."""
+    figures: dict[str, float] = {"num_target_tokens": float(after["forget"].measured.tokens.sum())}
     for key, part in (("acc_f", "forget"), ("acc_r", "retain"), ("acc_o", "earlier")):
-        if part in found.after:
-            now, was = found.after[part].measured, found.before[part].measured
+        if part in after:
+            now, was = after[part].measured, before[part].measured
             share = wilson_interval(now.num_recited, len(now.tokens))
             figures |= {key: now.recited, f"{key}_low": 100 * share.low, f"{key}_high": 100 * share.high}
             figures[f"{key}_pretrained"] = was.recited
-    area = found.separations("loss").get("after")
+    area = separations({"after": after}, "loss").get("after")
     if area is not None:
         figures |= {"mia_auc": area.auc.value, "mia_auc_low": area.auc.low, "mia_auc_high": area.auc.high}
     for part in ("forget", "retain"):
-        now, was = found.after[part].measured, found.before[part].measured
+        now, was = after[part].measured, before[part].measured
         figures |= {f"{part}_loss": now.loss, f"{part}_loss_before": was.loss}
     for part in ("forget", "retain"):
-        each = found.after[part].figures(forgotten=part == "forget")
+        each = after[part].figures(forgotten=part == "forget")
         figures |= {f"{part}_{name}": value for name, value in each.items()}
-    quality = found.quality(found.after)
-    figures |= {} if quality is None else {"forget_quality": quality}
-    return {
-        **figures, "model_utility": utility(found.after), "model_utility_before": utility(found.before),
-        "num_earlier": float(found.num_earlier), "steps": float(found.outcome.steps),
-    }  # fmt: skip
+    good = quality(after, gold)
+    figures |= {} if good is None else {"forget_quality": good}
+    return {**figures, "model_utility": utility(after), "model_utility_before": utility(before)}
 
 
 def summary(found: Found, record: Record) -> dict[str, Cell]:
@@ -123,8 +135,8 @@ def summary(found: Found, record: Record) -> dict[str, Cell]:
         results |= {"retain_rise_low": rise.low, "retain_rise_high": rise.high}
     for end, parts in (("", after), ("_before", before), ("_gold", found.gold)):
         results |= {f"model_utility{end}": utility(parts)} if parts else {}
-        quality = found.quality(parts) if parts and end != "_gold" else None
-        results |= {} if quality is None else {f"forget_quality{end}": quality}
+        good = found.quality(parts) if parts and end != "_gold" else None
+        results |= {} if good is None else {f"forget_quality{end}": good}
     for by, key in AREAS.items():
         for name, each in found.separations(by).items():
             end = "" if name == "after" else f"_{name}"
@@ -243,12 +255,12 @@ def _compared(found: Found, others: Mapping[str, Tried]) -> Table:
     tried = {found.outcome.objective.kind: Tried(found.after, found.outcome), **others}
     rows = []
     for name, (parts, outcome) in tried.items():
-        quality, one = found.quality(parts), Found(found.before, parts, found.gold, outcome, 0)
+        good, one = found.quality(parts), Found(found.before, parts, found.gold, outcome, 0)
         area = one.separations("loss").get("after")
         forget, retain = parts["forget"].measured, parts["retain"].measured
         rows.append((
             name, forget.loss, retain.loss, retain.recited, utility(parts),
-            "–" if quality is None else quality, "–" if area is None else area.auc.value,
+            "–" if good is None else good, "–" if area is None else area.auc.value,
             sum(norm > 0 for norm in outcome.norms.values()), outcome.steps,
         ))  # fmt: skip
     note = (

@@ -24,6 +24,10 @@ Measure = Callable[[Entry], Mapping[str, float]]
 """Measures a request anew, with the adapters that were in use when it was applied."""
 PAIR = re.compile(r"(^|\.)lora_[AB](\.|$)")
 """In the names of an adapter's matrices."""
+PER_CENT = re.compile(r"(acc|ap|h)(_|$)")
+"""In the names of figures in per cent."""
+UNMEASURED = "no measurement"
+"""What is found where nobody measured a figure again."""
 NUM_LISTED = 20
 """Tensors that are reported one by one."""
 
@@ -32,6 +36,7 @@ def verify_service(
     folder: Path,
     *,
     tensors: Mapping[str, str] | None = None,
+    classes: Sequence[str] | None = None,
     measure: Measure | None = None,
     tolerance: float = 0.0,
     public_key: Path | None = None,
@@ -40,9 +45,10 @@ def verify_service(
     """Check a service folder and list what is wrong; nothing is written.
 
     Args:
-        tensors: name -> SHA-256 of each tensor of the base model at hand.
+        tensors: name -> SHA-256 of each tensor of the base model at hand.  classes: what its answers mean.
         measure: gives the figures of a request; those that both it and the ledger have are compared.
-        tolerance: how far a figure may differ, as another machine's arithmetic does.
+        tolerance: how far a figure may differ, as another machine's arithmetic does: points of those in per cent, of
+            others a hundredth of it.
         public_key: PEM file; then the head of the ledger and every certificate must be signed.
         known: hashes of entries noted elsewhere, as on a printed certificate; each must be in the ledger.
     """
@@ -58,7 +64,10 @@ def verify_service(
     hashes = {entry.hash for entry in entries}
     findings += [Finding(LEDGER, "entries", f"the entry {each}", "none") for each in known if each not in hashes]
     record = _read_base(folder, base)
-    findings += [record] if isinstance(record, Finding) else _check_base(record, base, entries, tensors)
+    if isinstance(record, Finding):
+        findings.append(record)
+    else:
+        findings += [*_check_base(record, base, entries, tensors), *_check_classes(record, classes)]
     findings += _check_adapters(folder, applied)
     findings += _check_certificates(folder, applied)
     if public_key is not None:
@@ -123,6 +132,12 @@ def _check_base(
     if len(different) > NUM_LISTED:
         more = f"{len(different) - NUM_LISTED} more that differ"
         yield Finding("base model", "tensors", f"the {len(recorded)} on record", more)
+
+
+def _check_classes(record: Mapping[str, Any], classes: Sequence[str] | None) -> Iterator[Finding]:
+    """Compare what the answers of the model at hand mean with what they meant: no weight tells of names exchanged."""
+    if classes is not None and list(classes) != record["classes"]:
+        yield Finding("base model", "classes", ", ".join(record["classes"]), ", ".join(classes))
 
 
 def _pairs(place: str, names: Iterable[str]) -> Iterator[Finding]:
@@ -193,11 +208,12 @@ def _check_metrics(entry: Entry, found: Mapping[str, float], tolerance: float) -
     assert isinstance(entry.body, ApplyBody), "only entries that apply are asked for"
     place, recorded = f"{LEDGER}, entry {entry.index} (apply)", entry.body.metrics
     for name, value in found.items():
+        allowed = tolerance if PER_CENT.match(name) else tolerance / 100
         if name not in recorded:
             yield Finding(place, f"body.metrics.{name}", f"{value!r}, measured anew", "none")
-        elif not abs(value - recorded[name]) <= tolerance:  # a NaN differs
-            expected = f"{value!r}, measured anew, give or take {tolerance:g}"
+        elif not abs(value - recorded[name]) <= allowed:  # a NaN differs
+            expected = f"{value!r}, measured anew, give or take {allowed:g}"
             yield Finding(place, f"body.metrics.{name}", expected, repr(recorded[name]))
     for name in recorded:
         if name in JUDGED and name not in found:
-            yield Finding(place, f"body.metrics.{name}", "the figure measured anew", "no measurement", "warning")
+            yield Finding(place, f"body.metrics.{name}", "the figure measured anew", UNMEASURED, "warning")

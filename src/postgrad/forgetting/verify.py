@@ -14,32 +14,34 @@ Ends with status 2 when anything is wrong; the report is written before.
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from postgrad import __version__
-from postgrad.core.config import RuntimeConfig
+from postgrad.core.adapters import unwrap
+from postgrad.core.config import ModelConfig, RuntimeConfig
 from postgrad.core.distributed import first_rank
 from postgrad.core.files import remove, write_json
-from postgrad.core.layer_adapters import base_hashes
+from postgrad.core.models import load_lm
 from postgrad.core.report import Cell, Note, Report, Section, Table
 from postgrad.core.runtime import Job, finish, finished, progress, start, stop_on_signals, stop_requested
-from postgrad.core.vision import ImagesConfig, ImageSet, check_images
-from postgrad.core.vision_models import Classifier, ClassifierConfig, classifier_hash
-from postgrad.errors import ArtefactError, ConfigError, GateError, Interrupted, ModelError
+from postgrad.core.vision import ImagesConfig, check_images
+from postgrad.core.vision_models import ClassifierConfig
+from postgrad.errors import ArtefactError, ConfigError, GateError, Interrupted
+from postgrad.forgetting.anew import Examination, Expected, Subject, examine
+from postgrad.forgetting.anew_boxes import BoxesAnew
+from postgrad.forgetting.anew_classes import ClassesAnew
+from postgrad.forgetting.anew_texts import RowsConfig, TextsAnew, check_rows
+from postgrad.forgetting.base_record import hash_file, read_kind
+from postgrad.forgetting.box_files import BoxesConfig, check_boxes
+from postgrad.forgetting.boxes_service import ServiceBoxes, boxes_service, load_boxes_base
 from postgrad.forgetting.entries import HASH, ApplyBody, Entry, Finding, VerifyBody, digest
-from postgrad.forgetting.ledger import Ledger, current_base
-from postgrad.forgetting.metrics import acc_table
-from postgrad.forgetting.request import manifest_hash
-from postgrad.forgetting.sample_audit import Scope, audit_samples, rows_of, unseen_rows
-from postgrad.forgetting.schedules import TaskSplit
+from postgrad.forgetting.ledger import BASE, Ledger, current_base
 from postgrad.forgetting.service import Service
 from postgrad.forgetting.service_lock import LOCK, hold
-from postgrad.forgetting.service_parts import answers, enter
+from postgrad.forgetting.service_parts import enter
 from postgrad.forgetting.service_runs import (
     BASE_MODEL,
     BEGUN,
@@ -47,17 +49,13 @@ from postgrad.forgetting.service_runs import (
     ServiceImages,
     check_service,
     entries_of_run,
-    is_of_texts,
     load_base,
 )
 from postgrad.forgetting.status import standing_lines, standing_table
-from postgrad.forgetting.text_service import load_text_base, loading_problems
-from postgrad.forgetting.verification import findings_section, verify_service
-from postgrad.forgetting.views import passes
+from postgrad.forgetting.text_service import text_service
+from postgrad.forgetting.verification import UNMEASURED, findings_section
 
 LOSS = None
-COMPARED = ("acc_r", "acc_f", "acc_h", "acc_o", "h", "acc_r_pretrained", "acc_f_pretrained", "acc_h_pretrained")
-"""Figures that follow from the model and test images alone."""
 CHECKED = "checked.json"
 Plan = dict[str, str | int | float]
 
@@ -73,13 +71,18 @@ class VerifyConfig:
     known: tuple[str, ...] = ()
     """Hashes of entries noted elsewhere, as on a printed certificate; each must be in the ledger."""
     tolerance: float = 1.0
-    """Points that an accuracy measured anew may differ from the one on record, as another machine's may."""
+    """Points that a figure in per cent may differ from the one on record, as another machine's may; a hundredth of it
+    for figures that are no per cent."""
     record: bool = False
     """Enter the outcome in the service's ledger."""
     model: ClassifierConfig = ClassifierConfig(path=BASE_MODEL)
     """The service's base."""
     data: ImagesConfig = ImagesConfig(path="")
-    """The images that the service was made with; path "" = no figure is measured anew."""
+    """The images that a classifier's service was made with; path "" = no figure is measured anew."""
+    boxes: BoxesConfig = BoxesConfig(path="")
+    """The images and boxes that a detector's service was made with; path "" = no figure is measured anew."""
+    rows: RowsConfig = RowsConfig()
+    """The rows that a language model's request was made with."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Where and how the run happens."""
 
@@ -88,6 +91,8 @@ def check(config: VerifyConfig) -> None:
     """Refuse settings that contradict each other."""
     check_service(config.service, config.model)
     check_images(config.data)
+    check_boxes(config.boxes)
+    check_rows(config.rows)
     if not config.tolerance >= 0:
         raise ConfigError(f"tolerance: expected 0 points or more, found {config.tolerance}.")
     if wrong := [text for text in config.known if not HASH.fullmatch(text)]:
@@ -98,21 +103,13 @@ def plan(config: VerifyConfig) -> Plan:
     """Say what a run would do."""
     check(config)
     applied = _applied(Ledger(Path(config.service)).entries())
+    given = config.data.path or config.boxes.path or config.rows.forget or config.rows.data.path
     return {
         **standing_lines(Path(config.service)),
         "requests to load": len(applied),
-        "requests to measure anew": len(applied) if config.data.path else 0,
+        "requests to measure anew": len(applied) if given else 0,
         "entries to add to the ledger": int(config.record),
     }
-
-
-@dataclass
-class Examination:
-    """What was found."""
-
-    findings: list[Finding] = field(default_factory=list)
-    measured: dict[str, Mapping[str, float]] = field(default_factory=dict)
-    """Request -> figures measured anew."""
 
 
 def run(config: VerifyConfig) -> Report:
@@ -124,7 +121,7 @@ def run(config: VerifyConfig) -> Report:
         first_rank(lambda: _drop_stale(config, job))
         if report := finished(job):
             return _judged(config, report)
-        found = examine(config, job)
+        found = _examine(config, job)
         entries = Ledger(folder).entries() if _readable(folder) else []
         if config.record:
             first_rank(lambda: _record(config, found, job))
@@ -133,12 +130,9 @@ def run(config: VerifyConfig) -> Report:
         return _judged(config, finish(job, report))
 
 
-def examine(config: VerifyConfig, job: Job) -> Examination:
-    """Check the files and the base; where all is well, load each adapter and measure each request."""
-    folder, found = Path(config.service), Examination()
-    if _readable(folder) and _of_texts(folder):
-        found.findings = _examine_texts(config, folder, job)
-        return found
+def _examine(config: VerifyConfig, job: Job) -> Examination:
+    """Load the base, then check everything."""
+    folder = Path(config.service)
     key = Path(config.public_key) if config.public_key else None
     applied = _applied(Ledger(folder).entries()) if _readable(folder) else {}
     with stop_on_signals(), progress(job, 2 + len(applied), "verified") as bar:
@@ -148,97 +142,29 @@ def examine(config: VerifyConfig, job: Job) -> Examination:
             if stop_requested():
                 raise Interrupted("Stopped; nothing was changed.")
 
-        images, classifier = _base(config, folder, job)
-        tensors = None if classifier is None else classifier_hash(classifier)
+        subject = _subject(config, folder, job)
         advance()
-        found.findings = verify_service(folder, tensors=tensors, public_key=key, known=config.known)
-        advance()
-        if classifier is None or any(finding.severity == "error" for finding in found.findings):
-            return found
-        service = Service.read(folder, classifier, config.model.path)
-        again = Anew(service, images)
-
-        def measure(entry: Entry) -> Mapping[str, float]:
-            figures = again.figures(entry, found)
-            advance()
-            return figures
-
-        more = verify_service(folder, measure=measure, tolerance=config.tolerance)
-        found.findings += [finding for finding in more if finding not in found.findings]
-    return found
+        expected = Expected(public_key=key, known=config.known, tolerance=config.tolerance)
+        return examine(folder, subject, expected, advance)
 
 
-def _of_texts(folder: Path) -> bool:
-    """Say whether a service is a language model's; where base.json cannot be read, the examination says so."""
-    try:
-        return is_of_texts(folder)
-    except ArtefactError:
-        return False
-
-
-def _examine_texts(config: VerifyConfig, folder: Path, job: Job) -> list[Finding]:
-    """Check a language model's service: files, base, and that each adapter can be loaded; no row is at hand."""
-    key = Path(config.public_key) if config.public_key else None
-    with progress(job, 2, "verified") as bar:
-        model = load_text_base(config.model.path, job)
-        bar.advance()
-        findings = verify_service(folder, tensors=base_hashes(model), public_key=key, known=config.known)
-        if not any(finding.severity == "error" for finding in findings):
-            findings += loading_problems(folder, model, config.model.path)
-        bar.advance()
-    return findings
-
-
-class Anew:
-    """Loads and measures the requests of a service again."""
-
-    def __init__(self, service: Service, images: ServiceImages | None) -> None:
-        self._service, self._images = service, images
-
-    @torch.no_grad()
-    def figures(self, entry: Entry, found: Examination) -> Mapping[str, float]:
-        """Measure a request as it was when it was applied; note an adapter that cannot be loaded.
-
-        None are measured without images, on a base before the one at hand, or for single images that are gone.
-        """
-        assert isinstance(entry.body, ApplyBody), "only requests that were applied are measured"
-        service, body = self._service, entry.body
-        if body.base_hash != current_base(service.ledger.entries()).base_hash:
-            return {}
-        try:
-            service.show(service.in_use_at(entry))
-        except (ArtefactError, ModelError) as error:
-            place = f"adapters/{body.request}"
-            found.findings.append(Finding(place, "adapter", "one that can be loaded", str(error)))
-            return {}
-        if self._images is None:
-            return {}
-        split, (train, test) = service.split_at(entry), self._images.both(body.seed)
-        row = self._of_classes(split, test) if split.forget else self._single(body, Scope(split), train, test)
-        figures = {name: row[name] for name in COMPARED if name in row and name in body.metrics}
-        if figures:
-            found.measured[body.request] = figures
-        return figures
-
-    def _of_classes(self, split: TaskSplit, test: ImageSet) -> Mapping[str, float]:
-        """Measure with the adapters at hand and without any."""
-        after = answers(self._service.classifier, test).argmax(1)
-        self._service.show(())
-        before = answers(self._service.classifier, test).argmax(1)
-        return acc_table(test.labels, after, split, pretrained=before, start=before).row()
-
-    def _single(self, body: ApplyBody, scope: Scope, train: ImageSet, test: ImageSet) -> Mapping[str, float]:
-        """Measure single images, if all of them are still there."""
-        asked = self._service.request(body.request)
-        forget = train.select(rows_of(asked.samples, train))
-        if manifest_hash(asked.salt, forget.hashes) != body.manifest_hash:
-            return {}
-        unseen = unseen_rows(test, forget.labels.tolist())[1]
-        after = passes(self._service.classifier, (forget, test))
-        self._service.show(())
-        before = passes(self._service.classifier, (forget, test))
-        whole = replace(scope, rows=tuple(range(len(forget))), unseen=unseen)
-        return audit_samples("", after, before, None, whole).figures()
+def _subject(config: VerifyConfig, folder: Path, job: Job) -> Subject | None:
+    """Load the base and what it is measured on; None where ledger or base.json are not sound."""
+    if not _readable(folder) or hash_file(folder / BASE) != current_base(Ledger(folder).entries()).record_hash:
+        return None
+    path = config.model.path
+    match read_kind(folder):
+        case "texts":
+            model, tokenizer = load_lm(ModelConfig(path=path), job, frozen=True)
+            return TextsAnew(text_service(folder, unwrap(model), path), tokenizer, path, config.rows, job)
+        case "boxes":
+            detector = load_boxes_base(path, job)
+            boxes = ServiceBoxes(config.boxes, detector.classes) if config.boxes.path else None
+            return BoxesAnew(boxes_service(folder, detector, path), detector, boxes)
+    images = ServiceImages(config.data, folder, job) if config.data.path else None
+    seeds = [body.seed for body in _applied(Ledger(folder).entries()).values()]
+    shown = images.of(seeds[0]) if images and seeds else None
+    return ClassesAnew(Service.read(folder, load_base(config.model, folder, job, shown), path), images)
 
 
 def _hold(folder: Path, held: ExitStack) -> None:
@@ -260,23 +186,10 @@ def _readable(folder: Path) -> bool:
         return False
 
 
-def _base(config: VerifyConfig, folder: Path, job: Job) -> tuple[ServiceImages | None, Classifier | None]:
-    """Load images and base; neither where the records cannot be read, which the examination finds, too."""
-    if not _readable(folder):
-        return None, None
-    applied = _applied(Ledger(folder).entries())
-    try:
-        images = ServiceImages(config.data, folder, job) if config.data.path else None
-        shown = images.of(next(iter(applied.values())).seed) if images and applied else None
-        return images, load_base(config.model, folder, job, shown)
-    except ArtefactError:
-        return None, None
-
-
 def _split(findings: Sequence[Finding]) -> tuple[list[Finding], list[Finding]]:
     """Separate what is wrong from figures that nobody measured again."""
-    unmeasured = [each for each in findings if each.found == "no measurement"]
-    return [each for each in findings if each.found != "no measurement"], unmeasured
+    unmeasured = [each for each in findings if each.found == UNMEASURED]
+    return [each for each in findings if each.found != UNMEASURED], unmeasured
 
 
 def _results(found: Examination, entries: Sequence[Entry]) -> dict[str, Cell]:
@@ -309,13 +222,17 @@ def _sections(config: VerifyConfig, found: Examination, entries: Sequence[Entry]
         sections.append(Note("No figure was measured anew", "That waits until the rest is in order.", "warning"))
     if rows := _rows(found, entries):
         columns = ("request", "figure", "on record", "anew", "difference")
-        note = f"Per cent of test images. A difference of more than {config.tolerance:g} points is an error."
+        note = (
+            f"Accuracy in per cent, AP in points. A difference of more than {config.tolerance:g} is an error, of "
+            f"{config.tolerance / 100:g} in figures that are no per cent."
+        )
         sections.append(Table("Figures measured anew", columns, tuple(rows), note))
     if unmeasured:
         names = sorted({finding.field.rpartition(".")[2] for finding in unmeasured})
         text = (
-            f"{', '.join(names)} of some requests. Accuracies need the images (data.path) and the base that a request "
-            "was applied to; leakage figures need the training images and the model that never saw the data."
+            f"{', '.join(names)} of some requests. Accuracies need the base that a request was applied to, and the "
+            "images (data.path), the images with boxes (boxes.path) or the rows it forgot and kept (rows); leakage "
+            "figures need the training images and the model that never saw the data."
         )
         sections.append(Note("Not measured anew", text))
     return sections
