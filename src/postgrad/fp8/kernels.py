@@ -1,4 +1,4 @@
-# mypy: disable-error-code="import-not-found,import-untyped,untyped-decorator,misc"
+# mypy: disable-error-code="untyped-decorator,misc"
 """Triton kernels of the optimizer's step: many tensors in one launch, one pass, the bits of the torch reference.
 
 A table has a row of addresses for each tensor; a program takes one chunk of one tensor. Rounding to 8 bits, to BF16 and
