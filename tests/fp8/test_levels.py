@@ -106,6 +106,24 @@ def test_a_frozen_weight_multiplies_in_8_bits_and_is_not_touched() -> None:
     assert isinstance(model.up, Fp8Linear) and model.up.weight is weight and torch.equal(weight, kept)
 
 
+def test_full_products_leave_the_layers_and_code_the_rest() -> None:
+    model, optimizer = prepared("O2", products="full")
+    assert type(model.get_submodule("up")) is nn.Linear and len(coded_parameters(model)) == 2
+    plain = Small()
+    for name, param in plain.named_parameters():
+        param.data.copy_(model.get_parameter(name))
+    tokens = TokenBatches()[0][0]
+    assert torch.equal(model(tokens), plain(tokens))
+    one_step(model, optimizer)
+    assert isinstance(optimizer, Fp8AdamW)
+    coded, _ = memory_report(optimizer)
+    assert coded.per_parameter["total"] - coded.per_parameter["scales"] == 6
+    restore(model, optimizer)
+    assert all(type(param) is nn.Parameter for param in model.parameters())
+    with pytest.raises(ConfigError, match="needs O1 or O2"):
+        prepare(Small(), level="O3", precision=PrecisionConfig(min_size=16, products="full"))
+
+
 def test_refuses_what_it_cannot_train() -> None:
     with pytest.raises(ConfigError, match=r"precision\.min_size must be >= 16; found 8"):
         prepare(Small(), precision=PrecisionConfig(min_size=8))

@@ -97,6 +97,8 @@ class PrecisionConfig:
 
     level: Literal["off", "O1", "O2", "O3"] = "off"
     """"O1": products, gradients and their sums over ranks; "O2": the optimizer too; "O3": dealt out to the ranks."""
+    products: Literal["fp8", "full"] = "fp8"
+    """Matrix products: in 8 bits, or in the forward pass's precision, which any device can."""
     reduction: Literal["a2a", "native"] = "a2a"
     """Sums over ranks: "a2a" adds in float32 after one exchange; "native" adds in FP8, scaled by the paper's mu."""
     scaling: Literal["jit", "delayed"] = "jit"

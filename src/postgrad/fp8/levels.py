@@ -23,10 +23,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn import Parameter
+from transformers.pytorch_utils import Conv1D
 
 from postgrad.core.config import OptimConfig, PrecisionConfig
 from postgrad.errors import ConfigError, ModelError
-from postgrad.fp8.linear import Fp8Conv1D, Fp8Linear, LinearConfig, restore_linears, roll_after, swap_linears
+from postgrad.fp8.linear import LinearConfig, admitted_linears, restore_linears, roll_after, swap_linears
 from postgrad.fp8.numerics import E4M3, dequantize
 from postgrad.fp8.optimizer import Fp8AdamW
 from postgrad.fp8.products import ALIGNMENT
@@ -57,9 +58,9 @@ def prepare(
         raise ConfigError(f"level must be O1, O2 or O3; found {level!r}")
     if precision.min_size < ALIGNMENT:
         raise ConfigError(f"precision.min_size must be >= {ALIGNMENT}; found {precision.min_size}")
-    names = swap_linears(model, _linear_config(precision))
-    swapped = [model.get_submodule(name) for name in names]
-    groups = _groups(model, swapped, config, "O1" if level == "O1" else precision.state)
+    if precision.products == "full" and level == "O3":
+        raise ConfigError('level O3 leaves ranks the codes of products only; precision.products "full" needs O1 or O2')
+    groups = _groups(model, _layers(model, precision), config, "O1" if level == "O1" else precision.state)
     groups = [{**group, "seed": seed % 2**31} for group in groups]
     settings: dict[str, Any] = {
         "lr": config.lr,
@@ -99,14 +100,22 @@ def coded_parameters(model: nn.Module) -> list[Parameter]:
     return [param for param in model.parameters() if isinstance(param, ScaledTensor) and param.requires_grad]
 
 
+def _layers(model: nn.Module, precision: PrecisionConfig) -> list[nn.Module]:
+    """List the layers whose weights become codes, made to multiply in 8 bits unless products stay full."""
+    config = _linear_config(precision)
+    if precision.products == "full":
+        return list(admitted_linears(model, config).values())
+    return [model.get_submodule(name) for name in swap_linears(model, config)]
+
+
 def _linear_config(precision: PrecisionConfig) -> LinearConfig:
     return LinearConfig(scaling=precision.scaling, min_inputs=precision.min_size, min_outputs=precision.min_size)
 
 
-def _groups(model: nn.Module, swapped: list[nn.Module], config: OptimConfig, state: str) -> list[dict[str, Any]]:
+def _groups(model: nn.Module, layers: list[nn.Module], config: OptimConfig, state: str) -> list[dict[str, Any]]:
     """Sort what trains into weights to code, other matrices, and vectors, which do not decay."""
-    layers = [module.weight for module in swapped if isinstance(module, Fp8Linear | Fp8Conv1D)]
-    coded = list(dict.fromkeys(weight for weight in layers if weight.requires_grad))
+    weights = [module.weight for module in layers if isinstance(module, nn.Linear | Conv1D)]
+    coded = list(dict.fromkeys(weight for weight in weights if weight.requires_grad))
     known = set(coded)
     others = [param for param in model.parameters() if param.requires_grad and param not in known]
     if not coded and not others:

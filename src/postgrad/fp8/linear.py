@@ -208,18 +208,26 @@ def swap_linears(model: nn.Module, config: LinearConfig) -> list[str]:
 
     Raises: ModelError: no layer is admitted, a layer's device has no 8-bit products, or one cannot be replaced.
     """
+    linears = admitted_linears(model, config)
+    new: dict[nn.Module, nn.Module] = {}  # a module in two places stays one
+    for old in linears.values():
+        if old not in new:
+            new[old] = _with_product(Fp8Linear if isinstance(old, nn.Linear) else Fp8Conv1D, old, config)
+    for name, old in linears.items():
+        model.set_submodule(name, new[old])
+    return list(linears)
+
+
+def admitted_linears(model: nn.Module, config: LinearConfig) -> dict[str, nn.Module]:
+    """List the linear layers that a config admits, by name.
+
+    Raises: ModelError: there is none.
+    """
     linears = {name: module for name, module in _linears(model) if type(module) in (nn.Linear, Conv1D)}
     refused = {name: reason for name, module in linears.items() if (reason := _refusal(name, module, config))}
-    names = [name for name in linears if name not in refused]
-    if not names:
+    if len(refused) == len(linears):
         raise ModelError(_nothing_to_swap(model, linears, refused))
-    new: dict[nn.Module, nn.Module] = {}  # a module in two places stays one
-    for name in names:
-        if (old := linears[name]) not in new:
-            new[old] = _with_product(Fp8Linear if isinstance(old, nn.Linear) else Fp8Conv1D, old, config)
-    for name in names:
-        model.set_submodule(name, new[linears[name]])
-    return names
+    return {name: module for name, module in linears.items() if name not in refused}
 
 
 def restore_linears(model: nn.Module) -> list[str]:
@@ -274,7 +282,7 @@ def _check_operands(x: Tensor, weight: Tensor) -> None:
 
 def _check_device(device: torch.device) -> None:
     """Refuse devices other than a CPU, which emulates, and NVIDIA's from Ada and Hopper on."""
-    cure = "leave the model in bfloat16 there, or run on a CPU, which emulates them"
+    cure = "keep products in full precision (precision.products full), or run on a CPU, which emulates them"
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and torch.version.hip):
         raise ModelError(f"no 8-bit products on {device.type!r}; {cure}")
     if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < _OLDEST:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
 
 from postgrad.core.report import TENSORS
 from postgrad.core.sections import Plot, Section, Series, Table
@@ -50,16 +51,15 @@ Figures = dict[str, dict[str, dict[str, float]]]
 
 
 class Watch:
-    """Measures the layers of a model that multiply in 8 bits."""
+    """Measures the layers of a model that multiply in 8 bits, or whose weights are codes."""
 
     def __init__(self, model: nn.Module, every: int) -> None:
         """Prepare for measurements every so many steps; 0 = none."""
         self._every, self._due = every, False
         self._found: dict[tuple[str, str], Tensor] = {}
         self._handles: list[RemovableHandle] = []
-        self.layers = {
-            name: module for name, module in model.named_modules() if isinstance(module, Fp8Linear | Fp8Conv1D)
-        }
+        linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
+        self.layers = {name: module for name, module in linears if _is_watched(module)}
 
     def begin(self, step: int) -> None:
         """Prepare for a step, numbered from 0: measure in its passes if it is due."""
@@ -93,8 +93,20 @@ class Watch:
             figures.setdefault(kind, {})[name] = found
         return {kind: figures[kind] for kind in KINDS if kind in figures}
 
-    def _hook(self, name: str, layer: Fp8Linear | Fp8Conv1D) -> None:
+    def _hook(self, name: str, layer: nn.Linear | Conv1D) -> None:
         """Look at a layer's tensors as they pass."""
+
+        def accumulate(gradient: Tensor) -> None:
+            if ("g", name) not in self._found:
+                self._note("g", name, gradient, quantize(gradient, E4M3))
+
+        if layer.weight.requires_grad:
+            self._handles.append(layer.weight.register_hook(accumulate))
+        if isinstance(layer, Fp8Linear | Fp8Conv1D):
+            self._hook_product(name, layer)
+
+    def _hook_product(self, name: str, layer: Fp8Linear | Fp8Conv1D) -> None:
+        """Look at what a layer multiplies."""
 
         def forward(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if ("x", name) in self._found:
@@ -112,19 +124,17 @@ class Watch:
                 dy = gradient.detach().reshape(-1, gradient.shape[-1])
                 self._note("dy", name, dy, quantize(dy, E5M2, layer.product.scale_of(dy, E5M2)))
 
-        def accumulate(gradient: Tensor) -> None:
-            if ("g", name) not in self._found:
-                self._note("g", name, gradient, quantize(gradient, E4M3))
-
         self._handles.append(layer.register_forward_hook(forward))
-        if layer.weight.requires_grad:
-            self._handles.append(layer.weight.register_hook(accumulate))
 
     def _note(self, kind: str, name: str, x: Tensor, q: Quantized) -> None:
         """Measure one tensor; nothing is waited for."""
         with torch.no_grad():
             value = x.float()
             self._found[kind, name] = torch.stack([share_underflown(value, q), share_saturated(q), snr_db(value, q)])
+
+
+def _is_watched(layer: nn.Linear | Conv1D) -> bool:
+    return isinstance(layer, Fp8Linear | Fp8Conv1D) or isinstance(layer.weight, ScaledTensor)
 
 
 def watch_sections(rows: Sequence[Mapping[str, object]]) -> tuple[Section, ...]:
