@@ -44,22 +44,27 @@ def test_seed_spread_by_hand() -> None:
         ("O2", 0.2, 0.1, False),
         ("O2", 0.2, math.nan, True),
         ("O2", math.inf, 1.0, False),
-        ("e4m3_v", 1.1, 1.0, True),
-        ("e4m3_v", 1.0, 1.0, False),
+        ("e4m3_v", 0.31, 1.0, True),
+        ("e4m3_v", 0.3, 1.0, False),
         ("e4m3_v", math.inf, 1.0, True),
         ("e4m3_master", 5.1, 9.0, True),
-        ("e4m3_master", 4.9, 1.0, False),
+        ("e4m3_master", 0.29, 1.0, False),
     ],
 )
 def test_what_is_asked_of_each(name: str, mean: float, spread: float, expected: bool) -> None:
-    """Candidates stay within bar and spread, controls have to fail by their own bar."""
+    """Candidates stay within bar and spread, controls have to be above the bar."""
     assert holds(Gap(name, (mean,)), spread, 0.3) is expected
+
+
+def test_a_control_is_above_the_bar_by_more_than_a_standard_error() -> None:
+    """Mean 0.5, sd 0.2 sqrt(2), standard error 0.2: it is 0.3 at least."""
+    assert holds(Gap("e4m3_v", (0.3, 0.7)), 1.0, 0.299) and not holds(Gap("e4m3_v", (0.3, 0.7)), 1.0, 0.301)
 
 
 def test_verdicts() -> None:
     """A candidate that fails decides; controls that do not fail leave nothing shown."""
     good, bad = Gap("O2", (0.1, 0.1)), Gap("O1", (0.9, 0.9))
-    fails, mild = Gap("e4m3_v", (3.0, 3.0)), Gap("e4m3_master", (3.0, 3.0))
+    fails, mild = Gap("e4m3_v", (3.0, 3.0)), Gap("e4m3_master", (0.1, 0.9))
     assert verdict([good, fails], 1.0, 0.3) == verdict([good], 1.0, 0.3) == PARITY
     assert verdict([good, bad, fails], 1.0, 0.3) == verdict([bad, mild], 1.0, 0.3) == NO_PARITY
     assert verdict([good, fails, mild], 1.0, 0.3) == verdict([fails], 1.0, 0.3) == NOTHING_SHOWN

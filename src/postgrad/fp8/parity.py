@@ -49,7 +49,7 @@ class ParityConfig:
     """One pretraining, many ways to round it."""
 
     candidates: tuple[str, ...] = ("O2", *CONTROLS)
-    """O1, O2, O3, e4m3_v, e4m3_master, bf16_master; after a +: full (products), stochastic, delayed, measured, native."""
+    """O1, O2, O3, e4m3_v, e4m3_master, bf16_master; after a +: full, stochastic, delayed, measured, native."""
     num_seeds: int = 3
     """Runs of each kind; the first has runtime.seed, each further one the next."""
     bar: float = 0.3

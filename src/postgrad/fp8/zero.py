@@ -10,7 +10,7 @@ Differs: codes are made of the weight of record in the optimizer's 16 bits, so t
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from postgrad.core.distributed import gather_objects
 from postgrad.errors import ArtefactError
-from postgrad.fp8.adam import F32, Scales, hold
+from postgrad.fp8.adam import F32, hold
 from postgrad.fp8.averages import (
     average_plain,
     average_to_owners,
@@ -34,8 +34,8 @@ from postgrad.fp8.averages import (
 from postgrad.fp8.collectives import Wire, place, run
 from postgrad.fp8.factors import FILLED, WINDOW
 from postgrad.fp8.gradients import Gradients
-from postgrad.fp8.numerics import E4M3, Format, Quantized, Rounding, dequantize, quantize
-from postgrad.fp8.optimizer import Fp8AdamW, formats_of
+from postgrad.fp8.numerics import E4M3, Format, Quantized, dequantize, quantize
+from postgrad.fp8.optimizer import Fp8AdamW, Storing, formats_of
 from postgrad.fp8.partition import Like, gather_from_owners, greedy_partition
 from postgrad.fp8.scaled import scale_parameter_, scaled
 
@@ -48,6 +48,8 @@ class ShardedFp8AdamW(Optimizer):
     Groups with the state "fp32" stay as they are; the weights of others become E4M3 codes, in place, and their
     gradients too. A step averages the gradients over the ranks itself. `state_dict` and `load_state_dict` speak of the
     whole model, whatever the number of ranks, and every rank has to call them.
+
+    Args: storing: settings of `Fp8AdamW`.
     """
 
     def __init__(
@@ -56,17 +58,15 @@ class ShardedFp8AdamW(Optimizer):
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
-        scales: Scales = "predictive",
-        rounding: Rounding = "nearest",
-        max_norm: float = 0.0,
         group: dist.ProcessGroup | None = None,
         wire: Wire | None = None,
+        **storing: Unpack[Storing],
     ) -> None:
         """Deal the weights out and turn them into codes."""
         super().__init__(params, {"lr": lr, "weight_decay": 0.1, "state": "paper"})
         self.group, self.wire, self.gradients = group, wire, Gradients()
         self.grad_norm = torch.zeros((), dtype=torch.float64)
-        self.skipped, self.max_norm = 0, max_norm
+        self.skipped, self.max_norm = 0, storing.get("max_norm", 0.0)
         self._averaged = False
         formats = {param: formats_of(param, own).master for own in self.param_groups for param in own["params"]}
         self._formats: dict[Parameter, Format] = {param: f for param, f in formats.items() if f != F32}
@@ -85,7 +85,15 @@ class ShardedFp8AdamW(Optimizer):
             {**own, "params": [item for param in own["params"] for item in self._own(param)]}
             for own in self.param_groups
         ]
-        self.inner = Fp8AdamW(groups, lr=lr, betas=betas, eps=eps, scales=scales, rounding=rounding)
+        self.inner = Fp8AdamW(
+            groups,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            scales=storing.get("scales", "predictive"),
+            rounding=storing.get("rounding", "nearest"),
+            backend=storing.get("backend", "auto"),
+        )
         self.gradients.attach(self.coded, E4M3)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
