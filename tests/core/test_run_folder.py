@@ -57,6 +57,7 @@ def test_the_environment_is_written_and_holds_no_keys(folder: Path, monkeypatch:
 
 def test_a_folder_of_another_config_is_refused_with_the_differences(folder: Path) -> None:
     take_folder(folder, ToyConfig(), "toy", CPU)
+    (folder / "metrics.jsonl").touch()
     release_folder(folder)
     other = ToyConfig(size=4, train=TrainConfig(epochs=2.0))
     with pytest.raises(ConfigError, match=r"(?s)size: 3 -> 4\n  train.epochs: 1.0 -> 2.0\nChoose another .*overwrite"):
@@ -66,6 +67,18 @@ def test_a_folder_of_another_config_is_refused_with_the_differences(folder: Path
     (folder / "config.toml").write_text("# postgrad toy\nsise = 3\n")
     with pytest.raises(ConfigError, match=r"cannot be read: .*unknown key 'sise'"):
         take_folder(folder, ToyConfig(), "toy", CPU)
+
+
+def test_a_run_that_left_nothing_gives_way(folder: Path) -> None:
+    take_folder(folder, ToyConfig(), "toy", CPU)
+    release_folder(folder)
+    take_folder(folder, ToyConfig(size=4), "toy", CPU)
+    assert "size = 4" in (folder / "config.toml").read_text()
+    release_folder(folder)
+    (folder / "config.toml").write_text("my own recipe")
+    with pytest.raises(ConfigError, match="overwrite"):
+        take_folder(folder, ToyConfig(), "toy", CPU)
+    assert (folder / "config.toml").read_text() == "my own recipe"
 
 
 def test_where_it_lies_and_what_it_prints_do_not_differ(folder: Path) -> None:
@@ -90,6 +103,7 @@ def test_overwrite_empties_a_folder_of_another_config_only(folder: Path) -> None
 
 def test_overwrite_spares_where_the_user_works(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     take_folder(folder, ToyConfig(), "toy", CPU)
+    (folder / "metrics.jsonl").touch()
     other = ToyConfig(size=4, runtime=RuntimeConfig(overwrite=True))
     (folder / ".git").mkdir()
     with pytest.raises(ConfigError, match="git checkout"):
@@ -121,6 +135,7 @@ def test_a_run_that_failed_can_be_tried_again_in_the_same_process(folder: Path) 
 
 def test_a_refused_folder_is_let_go_of(folder: Path) -> None:
     take_folder(folder, ToyConfig(), "toy", CPU)
+    (folder / "metrics.jsonl").touch()
     release_folder(folder)
     with pytest.raises(ConfigError):
         take_folder(folder, ToyConfig(size=4), "toy", CPU)

@@ -27,6 +27,9 @@ from postgrad.errors import ArtefactError, ConfigError, UserError
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "datasets", "pyarrow", "numpy")
 
+LABELS = {".lock", "config.toml", "environment.json"}
+"""What is in a folder before a run leaves anything."""
+
 _locks: dict[Path, int] = {}  # run folders this process holds -> their open lock files
 
 
@@ -152,11 +155,18 @@ def _lock(folder: Path) -> None:
 
 
 def _clear_other_run(record: Path, config: Any, method: str) -> None:
-    """Refuse a folder that holds another run, or empty it when the config says so."""
+    """Refuse a folder that holds another run, or empty it when the config says so.
+
+    A run that stopped before it left anything, at a file that is missing for instance, gives way: the mended command
+    is another configuration.
+    """
     differences = _differences(record, config, method) if record.exists() else []
     if not differences:
         return
     folder = record.parent
+    if _is_unused(folder, record):
+        record.unlink()
+        return
     if not config.runtime.overwrite:
         raise ConfigError(
             f"runtime.folder: {folder} holds another run, and the settings differ:\n  "
@@ -173,6 +183,12 @@ def _clear_other_run(record: Path, config: Any, method: str) -> None:
             shutil.rmtree(path)
         elif path.name != ".lock":
             path.unlink()
+
+
+def _is_unused(folder: Path, record: Path) -> bool:
+    """Say whether a folder holds no more than the label of a run."""
+    text = record.read_text(encoding="utf-8", errors="replace")
+    return text.startswith("# postgrad ") and {path.name for path in folder.iterdir()} <= LABELS
 
 
 def _differences(record: Path, config: Any, method: str) -> list[str]:
