@@ -120,12 +120,12 @@ def test_full_products_leave_the_layers_and_code_the_rest() -> None:
     assert coded.per_parameter["total"] - coded.per_parameter["scales"] == 6
     restore(model, optimizer)
     assert all(type(param) is nn.Parameter for param in model.parameters())
-    with pytest.raises(ConfigError, match="needs O1 or O2"):
+    with pytest.raises(ConfigError, match="products fp8"):
         prepare(Small(), level="O3", precision=PrecisionConfig(min_size=16, products="full"))
 
 
 def test_refuses_what_it_cannot_train() -> None:
-    with pytest.raises(ConfigError, match=r"precision\.min_size must be >= 16; found 8"):
+    with pytest.raises(ConfigError, match=r"min_size must be >= 16, .*found 8"):
         prepare(Small(), precision=PrecisionConfig(min_size=8))
     with pytest.raises(ModelError, match="256"):
         prepare(Small())

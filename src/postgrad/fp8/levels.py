@@ -18,6 +18,7 @@ Differs: under O3 the codes that ranks compute with are made of the owner's weig
          numbers O2 has; ranks give up nothing for the memory but one gather of a byte a parameter.
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -26,11 +27,11 @@ from torch.nn import Parameter
 from transformers.pytorch_utils import Conv1D
 
 from postgrad.core.config import OptimConfig, PrecisionConfig
+from postgrad.core.precision import check_precision
 from postgrad.errors import ConfigError, ModelError
 from postgrad.fp8.linear import LinearConfig, admitted_linears, restore_linears, roll_after, swap_linears
 from postgrad.fp8.numerics import E4M3, dequantize
 from postgrad.fp8.optimizer import Fp8AdamW
-from postgrad.fp8.products import ALIGNMENT
 from postgrad.fp8.scaled import ScaledTensor, scaled, unscale_parameter_
 from postgrad.fp8.zero import ShardedFp8AdamW
 
@@ -56,10 +57,7 @@ def prepare(
     config, precision = config or OptimConfig(), precision or PrecisionConfig()
     if level not in ("O1", "O2", "O3"):
         raise ConfigError(f"level must be O1, O2 or O3; found {level!r}")
-    if precision.min_size < ALIGNMENT:
-        raise ConfigError(f"precision.min_size must be >= {ALIGNMENT}; found {precision.min_size}")
-    if precision.products == "full" and level == "O3":
-        raise ConfigError('level O3 leaves ranks the codes of products only; precision.products "full" needs O1 or O2')
+    check_precision(replace(precision, level=level))
     groups = _groups(model, _layers(model, precision), config, "O1" if level == "O1" else precision.state)
     groups = [{**group, "seed": seed % 2**31} for group in groups]
     settings: dict[str, Any] = {

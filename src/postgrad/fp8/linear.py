@@ -321,7 +321,9 @@ def _refusal(name: str, linear: nn.Module, config: LinearConfig) -> str:
     if inputs % config.multiple or outputs % config.multiple:
         return f"not multiples of {config.multiple}: lower multiple"
     if inputs < config.min_inputs or outputs < config.min_outputs:
-        return f"below {config.min_inputs} x {config.min_outputs}: lower min_inputs and min_outputs (precision.min_size)"
+        return (
+            f"below {config.min_inputs} x {config.min_outputs}: lower min_inputs and min_outputs (precision.min_size)"
+        )
     return ""
 
 

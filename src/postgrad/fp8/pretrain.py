@@ -37,6 +37,7 @@ from postgrad.core.loop import Loss, train
 from postgrad.core.metrics import mean_interval
 from postgrad.core.models import count_parameters, head_of, load_lm, load_tokenizer, save_model, within_context
 from postgrad.core.ops import Head, token_logprobs, token_nll
+from postgrad.core.precision import check_precision
 from postgrad.core.report import Cell, Note, Report, Section, Table
 from postgrad.core.runtime import Job, finish, finished, stage_seed, start
 from postgrad.errors import ConfigError, ModelError
@@ -140,6 +141,7 @@ def check(config: PretrainConfig) -> None:
     for name, value in least.items():
         if value < 1:
             raise ConfigError(f"{name} must be >= 1, got {value}.")
+    check_precision(config.train.precision)
     if config.eval_blocks < 0:
         raise ConfigError(f"eval_blocks must be >= 0, got {config.eval_blocks}.")
     if config.train.max_steps == 0 and not config.train.epochs > 0:
