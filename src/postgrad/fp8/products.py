@@ -31,7 +31,8 @@ def product(
         return scaled_product(a, b, dtype, fast=fast)
     with torch.autocast(kind, enabled=False):
         values: Tensor = dequantize(a) @ dequantize(b).T
-    return values.to(dtype)
+    # No cast that does nothing: compiling a function of ours, torch 2.11 loses the gradient of what that returns.
+    return values if values.dtype == dtype else values.to(dtype)
 
 
 def scaled_product(
@@ -44,7 +45,7 @@ def scaled_product(
     left, right = _padded(a.codes, rows), _padded(b.codes, padded_size(columns))
     inverse_a, inverse_b = a.scale.reciprocal(), b.scale.reciprocal()
     values: Tensor = torch._scaled_mm(left, right.T, inverse_a, inverse_b, out_dtype=dtype, use_fast_accum=fast)
-    return values[:, :columns]
+    return values if values.shape[1] == columns else values[:, :columns]
 
 
 def _padded(codes: Tensor, rows: int) -> Tensor:
