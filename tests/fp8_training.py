@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fp8_ranks import start_ranks
+from fp8_ranks import leave, start_ranks
 from torch import Tensor, nn
 from toy_training import toy_job
 
@@ -107,5 +107,4 @@ if __name__ == "__main__":
     config = replace(settings(level, reduction=reduction))
     trained, _ = train_small(folder / "run", config, rank=rank, world=world)
     torch.save({name: param.detach() for name, param in trained.named_parameters()}, folder / f"rank{rank}.pt")
-    distributed.barrier()
-    distributed.destroy_ranks()
+    leave()

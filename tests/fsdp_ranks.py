@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from fp8_ranks import start_ranks
+from fp8_ranks import leave, start_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -388,4 +388,4 @@ def value(param: Tensor) -> Tensor:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     check_ranks(Path(sys.argv[1]))
-    distributed.destroy_ranks()
+    leave()
