@@ -1,15 +1,23 @@
 """Averages of codes: alone nothing changes, missing and broken gradients stay what they are, norms are exact."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
-from postgrad.fp8.averages import average_gradients, average_to_owners, norm_of, part_of, value_of
+from postgrad.fp8.adam import Gradient
+from postgrad.fp8.averages import average_gradients, average_to_owners, part_of, plain_square, square_or_nan, value_of
 from postgrad.fp8.gradients import Gradients, take
 from postgrad.fp8.numerics import dequantize
 from postgrad.fp8.partition import greedy_partition
+
+
+def norm_of(gradients: list[Gradient], plain: Sequence[Tensor] = ()) -> Tensor:
+    """What optimizers make of the squares."""
+    return sum([*map(square_or_nan, gradients), *map(plain_square, plain)], torch.zeros((), dtype=torch.float64)).sqrt()
 
 
 def params() -> list[Parameter]:

@@ -5,17 +5,15 @@ compiled runs in another. Such a process runs the checks below that it is given,
 """
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-import traceback
 import weakref
 from importlib.util import find_spec
 
 import pytest
 import torch
 import torch.nn.functional as F
+from elsewhere import elsewhere, report
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -195,39 +193,18 @@ INTERPRETED = [
 COMPILED = [("check_compiled", "paper"), ("check_vector", "compile"), ("check_training", "compile")]
 
 
-def report(checks):
-    """Run checks in this process and print what each found."""
-    found = {}
-    for name, *arguments in checks:
-        try:
-            globals()[name](*arguments)
-            found[str([name, *arguments])] = ""
-        except Exception:
-            found[str([name, *arguments])] = traceback.format_exc()
-    print(json.dumps(found))
-
-
-def elsewhere(checks, **environment):
-    """Run checks in a process of their own."""
-    command = [sys.executable, __file__, json.dumps(checks)]
-    where = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)} | environment
-    done = subprocess.run(command, env=where, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def interpreted():
     if find_spec("triton") is None:
         pytest.skip("needs triton")
-    return elsewhere(INTERPRETED, TRITON_INTERPRET="1")
+    return elsewhere(__file__, INTERPRETED, TRITON_INTERPRET="1")
 
 
 @pytest.fixture(scope="module")
 def compiled():
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("needs a C++ compiler")
-    return elsewhere(COMPILED)
+    return elsewhere(__file__, COMPILED)
 
 
 @pytest.mark.parametrize("check", INTERPRETED, ids=" ".join)
@@ -367,4 +344,4 @@ def test_a_step_on_the_gpu_holds_at_most_6_2_bytes_a_parameter(scales):
 
 
 if __name__ == "__main__":
-    report(json.loads(sys.argv[1]))
+    report(json.loads(sys.argv[1]), globals())

@@ -5,14 +5,12 @@ what it found; so does the compiler, which needs no GPU to compile for one.
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
-import traceback
 
 import pytest
 import torch
+from elsewhere import elsewhere, report
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -180,31 +178,9 @@ INTERPRETED += [("check_random_rounding", name) for name in FORMATS if name != "
 INTERPRETED += [("check_scales", name) for name in ("E4M3", "E5M2", "F16")] + [("check_noise",)]
 
 
-def report(checks):
-    """Run checks in this process and print what each found."""
-    found = {}
-    for name, *arguments in checks:
-        try:
-            globals()[name](*arguments)
-            found[str([name, *arguments])] = ""
-        except Exception:
-            found[str([name, *arguments])] = traceback.format_exc()
-    print(json.dumps(found))
-
-
-def elsewhere(checks, interpret):
-    """Run checks in a process of their own."""
-    command = [sys.executable, __file__, json.dumps(checks)]
-    where = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    where |= {"TRITON_INTERPRET": interpret}
-    done = subprocess.run(command, env=where, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def interpreted():
-    return elsewhere(INTERPRETED, "1")
+    return elsewhere(__file__, INTERPRETED, TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("check", INTERPRETED, ids=" ".join)
@@ -213,8 +189,8 @@ def test_the_kernels_numbers_are_torchs(interpreted, check):
 
 
 def test_the_machine_code_keeps_the_order_and_rounding_of_the_reference():
-    assert list(elsewhere([("check_machine_code",)], "0").values()) == [""]
+    assert list(elsewhere(__file__, [("check_machine_code",)], TRITON_INTERPRET="0").values()) == [""]
 
 
 if __name__ == "__main__":
-    report(json.loads(sys.argv[1]))
+    report(json.loads(sys.argv[1]), globals())

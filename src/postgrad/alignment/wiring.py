@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from postgrad.core.batches import num_steps, sequence_values
+from postgrad.core.batches import check_train, num_steps, sequence_values
 from postgrad.core.config import DataConfig, ModelConfig, TrainConfig
 from postgrad.core.distributed import gather_objects
 from postgrad.core.models import planned_parameters, training_memory_gib
-from postgrad.core.precision import autocast, check_precision
+from postgrad.core.precision import autocast
 from postgrad.core.report import Table
 from postgrad.core.rows import Rows, Tree
 from postgrad.core.runtime import Job
@@ -37,12 +37,7 @@ def check_training(data: DataConfig, train: TrainConfig) -> None:
     """Refuse numbers no training stage can use."""
     if not 0 <= data.held_out < 1:
         raise ConfigError(f"data.held_out is a share of the prompts, from 0 to below 1, got {data.held_out}.")
-    for name, value in (("batch_size", train.batch_size), ("micro_tokens", train.micro_tokens)):
-        if value < 1:
-            raise ConfigError(f"train.{name} must be >= 1, got {value}.")
-    check_precision(train.precision)
-    if train.max_steps == 0 and not train.epochs > 0:
-        raise ConfigError(f"train.epochs must be > 0 unless train.max_steps is set, got {train.epochs}.")
+    check_train(train)
 
 
 def training_plan(num_items: int, counts: Mapping[str, int], model: ModelConfig, train: TrainConfig) -> Plan:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from postgrad.core.config import DataConfig, TrainConfig
+from postgrad.core.precision import check_precision
 from postgrad.core.rows import CPU_MULTIPLE, GPU_MULTIPLE, Layout, Rows, Tree, pack
 from postgrad.core.runtime import Job, stage_seed
+from postgrad.errors import ConfigError
 
 CPU = torch.device("cpu")
 CALL_COST = 512
@@ -98,9 +100,7 @@ class TreeBatches:
 
     def items(self, step: int) -> list[int]:
         """List the trees of a step over all ranks: the step's slice of one endless stream of shuffled epochs."""
-        num_trees = len(self.trees)
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return [int(epoch_order(num_trees, self.seed, p // num_trees)[p % num_trees]) for p in places]
+        return items_of(step, self.batch_size, len(self.trees), self.seed)
 
     def __getitem__(self, step: int) -> list[Rows]:
         """Pack this rank's share of a step; trees are dealt by length so that ranks work alike."""
@@ -120,10 +120,26 @@ class TreeBatches:
         return [rows.to(self.device) for rows in batches]
 
 
+def items_of(step: int, batch_size: int, num: int, seed: int) -> list[int]:
+    """List the items of a step over all ranks: its slice of one endless stream of shuffled epochs."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return [int(epoch_order(num, seed, place // num)[place % num]) for place in places]
+
+
 @lru_cache(maxsize=4)
 def epoch_order(num: int, seed: int, epoch: int) -> np.ndarray:
     """Shuffle an epoch: a permutation that the seed and the epoch alone decide."""
     return np.random.Generator(np.random.Philox(stage_seed(seed, "order", epoch))).permutation(num)
+
+
+def check_train(train: TrainConfig) -> None:
+    """Refuse numbers no training can use."""
+    for name, value in (("batch_size", train.batch_size), ("micro_tokens", train.micro_tokens)):
+        if value < 1:
+            raise ConfigError(f"train.{name} must be >= 1, got {value}.")
+    check_precision(train.precision)
+    if train.max_steps == 0 and not train.epochs > 0:
+        raise ConfigError(f"train.epochs must be > 0 unless train.max_steps is set, got {train.epochs}.")
 
 
 def num_steps(num_items: int, config: TrainConfig) -> int:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
 
-from postgrad.core.batches import CPU, epoch_order, num_steps
+from postgrad.core.batches import CPU, items_of, num_steps
 from postgrad.core.config import TrainConfig
 from postgrad.core.runtime import Job
 from postgrad.errors import DataError
@@ -56,9 +56,7 @@ class BlockBatches:
 
     def items(self, step: int) -> list[int]:
         """List the blocks of a step over all ranks: its slice of one endless stream of shuffled epochs."""
-        num = self.stream.num_blocks(self.length)
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return [int(epoch_order(num, self.seed, p // num)[p % num]) for p in places]
+        return items_of(step, self.batch_size, self.stream.num_blocks(self.length), self.seed)
 
     def __getitem__(self, step: int) -> list[Int[Tensor, "R T"]]:
         """Read this rank's share of a step."""

@@ -10,12 +10,11 @@ from postgrad.core.config import DataConfig, ModelConfig, TrainConfig
 from postgrad.core.layer_adapters import base_hashes
 from postgrad.core.models import choose_layout, within_context
 from postgrad.core.runtime import Job
-from postgrad.errors import ConfigError
 from postgrad.forgetting.entries import ApplyBody, Entry
 from postgrad.forgetting.network_service import NetworkService
 from postgrad.forgetting.text_batches import Packing
 from postgrad.forgetting.text_measures import Known, know
-from postgrad.forgetting.text_rows import Sources, Texts, Trees, read_texts, tokenised
+from postgrad.forgetting.text_rows import Sources, Texts, Trees, check_given, read_texts, tokenised
 from postgrad.forgetting.text_service import rows_of
 from postgrad.forgetting.unlearn_report import measured
 
@@ -42,12 +41,7 @@ class RowsConfig:
 
 def check_rows(config: RowsConfig) -> None:
     """Refuse settings that contradict each other."""
-    given = bool(config.forget), bool(config.retain), bool(config.data.path)
-    if given not in ((True, True, False), (False, False, True), (False, False, False)):
-        raise ConfigError(
-            "rows: expected forget and retain, or data.path of which a share was forgotten, or none of the three; "
-            f"found forget {config.forget!r}, retain {config.retain!r}, data.path {config.data.path!r}."
-        )
+    check_given(config.forget, config.retain, config.data.path, "rows: ")
 
 
 class TextsAnew:

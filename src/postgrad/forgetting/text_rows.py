@@ -21,13 +21,23 @@ from postgrad.core.rows import Tree
 from postgrad.core.runtime import stage_seed
 from postgrad.core.store import is_sealed
 from postgrad.core.text import answer_trees, conversation_trees, encode_conversation
-from postgrad.errors import DataError
+from postgrad.errors import ConfigError, DataError
 from postgrad.forgetting.facts import FactSizes, write_facts
 
 WRONG, PARAPHRASED = "perturbed_answer", "paraphrased_answer"
 NAMES = {"forget": "to forget", "retain": "to keep", "held_out": "never seen", "earlier": "forgotten earlier"}
 REFUSALS = ("I do not know.", "I have no information about that.", "That is not something I can answer.")
 """What rows to forget are answered with under objective "idk"."""
+
+
+def check_given(forget: str, retain: str, path: str, where: str = "") -> None:
+    """Refuse anything but two files of rows, one of which a share is forgotten, or none at all."""
+    given = bool(forget), bool(retain), bool(path)
+    if given not in ((True, True, False), (False, False, True), (False, False, False)):
+        raise ConfigError(
+            f"{where}expected forget and retain, or data.path of which a share is forgotten, or none of the three; "
+            f"found forget {forget!r}, retain {retain!r}, data.path {path!r}."
+        )
 
 
 @dataclass(frozen=True)

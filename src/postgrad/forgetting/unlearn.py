@@ -60,7 +60,7 @@ from postgrad.forgetting.service_runs import entries_of_run
 from postgrad.forgetting.text_batches import Packing, phases
 from postgrad.forgetting.text_losses import BASELINES, TextObjectiveConfig, unlearn_loss
 from postgrad.forgetting.text_measures import Known, know
-from postgrad.forgetting.text_rows import Sources, Trees, read_texts, tokenised, with_facts
+from postgrad.forgetting.text_rows import Sources, Trees, check_given, read_texts, tokenised, with_facts
 from postgrad.forgetting.text_service import LIMITS, rows_of, text_service
 from postgrad.forgetting.unlearn_report import (
     Found,
@@ -122,12 +122,7 @@ class UnlearnConfig:
 
 def check(config: UnlearnConfig) -> None:
     """Refuse settings that contradict each other."""
-    given = bool(config.forget), bool(config.retain), bool(config.data.path)
-    if given not in ((True, True, False), (False, False, True), (False, False, False)):
-        raise ConfigError(
-            "expected forget and retain, or data.path of which a share is forgotten, or none of the three; found "
-            f"forget {config.forget!r}, retain {config.retain!r}, data.path {config.data.path!r}."
-        )
+    check_given(config.forget, config.retain, config.data.path)
     if config.model.lora_rank:
         raise ConfigError("model.lora_rank: the rows are unlearnt by an adapter of its own; set adapter.rank instead.")
     least = {

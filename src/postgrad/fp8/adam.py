@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from postgrad.errors import ConfigError
 from postgrad.fp8.numerics import (
     E4M3,
     F16,
@@ -148,6 +149,19 @@ def needs_scale(format: Format) -> bool:
 def hold(x: Float[Tensor, "*shape"], format: Format) -> Held:
     """Store a tensor with a scale just in time, if its format has any, and note the amax of what was stored."""
     return noted(quantize(x, format, None if needs_scale(format) else torch.ones((), device=x.device)))
+
+
+def full(x: Float[Tensor, "*shape"]) -> Held:
+    """Take a tensor as one that is stored in full precision, where no amax is asked for."""
+    one = torch.ones((), device=x.device)
+    return Held(Quantized(x.detach().float(), one, F32), torch.zeros_like(one))
+
+
+def check_betas(betas: tuple[float, float]) -> None:
+    """Refuse betas for which Adam's update has no bound."""
+    beta1, beta2 = betas
+    if not (0 <= beta1 < 1 and beta1**2 < beta2 < 1):
+        raise ConfigError(f"betas must have 0 <= beta1 < 1 and beta1^2 < beta2 < 1; found {(beta1, beta2)}")
 
 
 def noted(q: Quantized) -> Held:

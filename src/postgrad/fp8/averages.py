@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from postgrad.core.distributed import all_reduce_gradients
-from postgrad.fp8.adam import F32, Gradient
-from postgrad.fp8.collectives import Ask, Steps, Wire, place, run
+from postgrad.fp8.adam import Gradient, full
+from postgrad.fp8.collectives import Wire, over_ranks, place
 from postgrad.fp8.gradients import Gradients, square_of, take
-from postgrad.fp8.numerics import E4M3, Quantized, amax_of, dequantize
+from postgrad.fp8.numerics import E4M3, amax_of, dequantize
 from postgrad.fp8.partition import Partition, reduce_to_owners
 from postgrad.fp8.reduction import Mode, all_reduce
 from postgrad.fp8.scaling_factor import ScalingFactor
@@ -93,12 +93,6 @@ def value_of(gradient: Gradient | None, like: Tensor) -> Float[Tensor, "*shape"]
     return dequantize(gradient.q) + 0 * gradient.amax
 
 
-def norm_of(gradients: Sequence[Gradient], plain: Sequence[Tensor] = ()) -> Float[Tensor, ""]:
-    """Return the norm of all gradients as one vector, in float64; NaN where one is not finite."""
-    squares = [*map(square_or_nan, gradients), *map(plain_square, plain)]
-    return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
-
-
 def square_or_nan(gradient: Gradient) -> Float[Tensor, ""]:
     """Return the sum of a gradient's squares in float64, NaN where it was not finite."""
     return torch.where(gradient.amax.isfinite(), square_of(gradient.q), torch.nan)
@@ -106,7 +100,7 @@ def square_or_nan(gradient: Gradient) -> Float[Tensor, ""]:
 
 def plain_square(gradient: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
     """Return the sum of a float32 gradient's squares in float64."""
-    return square_of(Quantized(gradient, torch.ones((), device=gradient.device), F32))
+    return square_of(full(gradient).q)
 
 
 def plain_gradients(params: Sequence[Parameter]) -> list[Tensor]:
@@ -144,10 +138,4 @@ def _present(coded: Sequence[Parameter], gradients: Gradients, group: dist.Proce
     if not coded:
         return []
     here = torch.tensor([float(gradients.of(param) is not None) for param in coded], device=coded[0].device)
-    return torch.nonzero(run(greatest(here), group))[:, 0].tolist()
-
-
-def greatest(numbers: Tensor) -> Steps[Tensor]:
-    """Ask for the greatest of all ranks."""
-    answer = yield Ask("max", numbers)
-    return answer
+    return torch.nonzero(over_ranks("max", here, group))[:, 0].tolist()

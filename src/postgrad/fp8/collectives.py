@@ -77,6 +77,17 @@ def run(steps: Steps[R], group: dist.ProcessGroup | None = None, wire: Wire | No
     return cast(R, result)
 
 
+def over_ranks(
+    kind: Literal["max", "sum"], numbers: Tensor, group: dist.ProcessGroup | None = None, wire: Wire | None = None
+) -> Tensor:
+    """Return the greatest or the sum of each number over the ranks; every rank has to call it."""
+
+    def steps() -> Steps[Tensor]:
+        return (yield Ask(kind, numbers))
+
+    return run(steps(), group, wire)
+
+
 def simulate(ranks: Sequence[Steps[R]]) -> list[R]:
     """Run the steps of many ranks in this process, in lock-step, and return what each of them would."""
     asks, results = zip(*(_advance(steps) for steps in ranks), strict=True)

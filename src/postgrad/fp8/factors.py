@@ -16,6 +16,7 @@ from postgrad.errors import ArtefactError
 from postgrad.fp8.linear import Fp8Conv1D, Fp8Linear
 from postgrad.fp8.scaling_factor import ScalingFactor
 
+Windowed = Fp8Linear | Fp8Conv1D
 MU, WINDOW, FILLED = "mu", "window", "window_filled"
 
 
@@ -39,12 +40,12 @@ def resume_factor(optimizer: Optimizer, params: Sequence[Tensor], factor: Scalin
         raise ArtefactError(f"the state has factors mu of {len(found)} weights where {len(params)} are reduced")
 
 
-def keep_windows(optimizer: Optimizer, model: nn.Module) -> None:
+def keep_windows(optimizer: Optimizer, layers: Sequence[Windowed]) -> None:
     """Write the windows of delayed scaling into every state that the optimizer gives."""
 
     def write(_: Optimizer, state: dict[str, Any]) -> None:
         indices = _indices(optimizer)
-        for layer in _windowed(model):
+        for layer in layers:
             if layer.weight in indices and layer.product.amaxes is not None:
                 entries = _entries(state, indices[layer.weight])
                 entries |= {WINDOW: layer.product.amaxes.clone(), FILLED: list(layer.product.filled)}
@@ -52,9 +53,9 @@ def keep_windows(optimizer: Optimizer, model: nn.Module) -> None:
     optimizer.register_state_dict_post_hook(write)
 
 
-def resume_windows(optimizer: Optimizer, model: nn.Module) -> None:
+def resume_windows(optimizer: Optimizer, layers: Sequence[Windowed]) -> None:
     """Go on with the windows of a state that was loaded since the last call, if any."""
-    for layer in _windowed(model):
+    for layer in layers:
         entries = optimizer.state.get(layer.weight, {})
         window, filled = entries.pop(WINDOW, None), entries.pop(FILLED, None)
         if window is None or filled is None:
@@ -66,7 +67,7 @@ def resume_windows(optimizer: Optimizer, model: nn.Module) -> None:
         layer.product.resume(filled)
 
 
-def _windowed(model: nn.Module) -> list[Fp8Linear | Fp8Conv1D]:
+def windowed(model: nn.Module) -> list[Windowed]:
     """List the layers that keep windows."""
     layers = [module for module in model.modules() if isinstance(module, Fp8Linear | Fp8Conv1D)]
     return [layer for layer in layers if layer.product.amaxes is not None]

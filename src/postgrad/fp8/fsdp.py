@@ -39,11 +39,11 @@ from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from postgrad.errors import ConfigError, ModelError
-from postgrad.fp8.collectives import Ask, Steps, Wire, place, run
+from postgrad.fp8.collectives import Ask, Steps, Wire, over_ranks, place, run
 from postgrad.fp8.linear import Fp8Conv1D, Fp8Linear
 from postgrad.fp8.numerics import E4M3, Format, quantize
 from postgrad.fp8.reduction import amaxes_of, inverse_of, mean_of_codes, shared_scales, sum_of_rows
-from postgrad.fp8.sharded import Agreement, ShardedWeight, agree, greatest_of, shard_parameter_
+from postgrad.fp8.sharded import Agreement, ShardedWeight, agree, shard_parameter_
 
 
 class Piece(NamedTuple):
@@ -192,7 +192,7 @@ class CodesReduceScatter:
         parts = zip(torch.split(share, [piece.numel for piece in pieces]), pieces, strict=True)
         wanted = [(x, piece.agreement) for x, piece in parts if piece.agreement and piece.agreement.wants_gradient_amax]
         if wanted:
-            amaxes = greatest_of(amaxes_of([x for x, _ in wanted]), group, self.wire)
+            amaxes = over_ranks("max", amaxes_of([x for x, _ in wanted]), group, self.wire)
             for (_, agreement), amax in zip(wanted, amaxes.unbind(), strict=True):
                 agreement.gradient_amax = amax
 

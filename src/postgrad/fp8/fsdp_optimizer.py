@@ -28,13 +28,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from postgrad.errors import ArtefactError, ConfigError
-from postgrad.fp8.adam import F32, STATES, Gradient, Held, Moments, Store, hyper_of, start, step_states
-from postgrad.fp8.collectives import Ask, Steps, Wire, run
+from postgrad.fp8.adam import F32, STATES, Gradient, Held, Moments, Store, check_betas, full, hyper_of, start
+from postgrad.fp8.collectives import Wire, over_ranks
 from postgrad.fp8.fsdp import like_shard, local_shard, shard_group
-from postgrad.fp8.fused import Backend, Item, check_backend, choose, fused_step, fusible
+from postgrad.fp8.fused import Backend, Item, check_backend, choose, step_items
 from postgrad.fp8.gradients import global_norm, take
 from postgrad.fp8.numerics import E4M3, F16, Quantized, amax_of, dequantize, quantize, scale_for
-from postgrad.fp8.sharded import ShardedWeight, agree, greatest_of
+from postgrad.fp8.optimizer import loss_of
+from postgrad.fp8.sharded import ShardedWeight, agree
 
 _KEYS = (("exp_avg", 1), ("exp_avg_sq", 2))
 _FULL, _PAPER = STATES["fp32"], STATES["paper"]
@@ -71,9 +72,7 @@ class Fp8ShardAdamW(Optimizer):
     ) -> None:
         """Check the settings and the parameters."""
         check_backend(backend)
-        beta1, beta2 = betas
-        if not (0 <= beta1 < 1 and beta1**2 < beta2 < 1):
-            raise ConfigError(f"betas must have 0 <= beta1 < 1 and beta1^2 < beta2 < 1; found {betas}")
+        check_betas(betas)
         self.backend, self.wire = backend, wire
         self.grad_norm = torch.zeros((), dtype=torch.float64)
         self._held: dict[Tensor, Gradient] = {}
@@ -122,10 +121,7 @@ class Fp8ShardAdamW(Optimizer):
 
         The norm after the division, before the cut, is left in `grad_norm`. Every rank has to call it.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         work = list(self._work())
         if not work:
             return loss
@@ -134,7 +130,7 @@ class Fp8ShardAdamW(Optimizer):
         square = (global_norm(one.gradient.q for one in work) / divide).square()
         amaxes = torch.stack([one.gradient.amax for one in work])
         square = torch.where(amaxes.isfinite().all(), square.to(amaxes.device), math.nan)
-        norm = run(_sum(square.reshape(1)), group, self.wire)[0].sqrt()
+        norm = over_ranks("sum", square.reshape(1), group, self.wire)[0].sqrt()
         value = norm.item()
         if not math.isfinite(value):
             for settings in self.param_groups:
@@ -182,7 +178,7 @@ class Fp8ShardAdamW(Optimizer):
         if amax is None:
             own = amax_of(values)
             own = torch.where(own.isfinite(), own, torch.inf)
-            amax = greatest_of(own.reshape(1), shard_group(param), self.wire)[0]
+            amax = over_ranks("max", own.reshape(1), shard_group(param), self.wire)[0]
         if before is not None:
             amax = amax + 0 * before.amax
         self._held[param] = Gradient(quantize(values, E4M3, scale_for(amax, E4M3)), amax)
@@ -209,16 +205,7 @@ class Fp8ShardAdamW(Optimizer):
             hyper = hyper_of(one.group, int(self.state.get(one.param, {}).get("step", 0)) + 1)
             guard = (_FULL if one.shard is None else _PAPER).guard
             items.append(Item(self._moments(one), one.gradient, hyper, factor, guard, store))
-        fused = [backend == "triton" and fusible(item.moments, item.gradient) for item in items]
-        fused_step(item for item, is_fused in zip(items, fused, strict=True) if is_fused)
-        after = []
-        for item, is_fused in zip(items, fused, strict=True):
-            moments = item.moments
-            if not is_fused:
-                moments = step_states(
-                    moments, item.gradient, item.hyper, guard=item.guard, factor=factor, store=item.store
-                )
-            after.append(moments)
+        after = step_items(items, backend)
         coded = [moments for one, moments in zip(work, after, strict=True) if one.shard is not None]
         agreed = iter(self._agree(coded, work[0].param))
         for one, item, moments in zip(work, items, after, strict=True):
@@ -229,14 +216,13 @@ class Fp8ShardAdamW(Optimizer):
         if not coded:
             return []
         amaxes = torch.stack([held.amax for moments in coded for held in moments])
-        agreed = iter(greatest_of(amaxes, shard_group(like), self.wire).unbind())
+        agreed = iter(over_ranks("max", amaxes, shard_group(like), self.wire).unbind())
         return [Moments(*(held._replace(amax=next(agreed)) for held in moments)) for moments in coded]
 
     def _moments(self, one: _Work) -> Moments:
         """Return a shard and its moments as they are stored, not copies; 0 before the first step."""
         if one.shard is None:
-            unit = torch.ones((), device=one.local.device)
-            master, formats = Held(Quantized(one.local.detach().float(), unit, F32), torch.zeros_like(unit)), _FULL
+            master, formats = full(one.local), _FULL
         else:
             master, formats = Held(one.shard.quantized, one.shard.agreement.amax.clone()), _PAPER
         state = self.state.get(one.param, {})
@@ -262,7 +248,3 @@ class Fp8ShardAdamW(Optimizer):
             if key not in state:
                 state[key] = like_shard(held.q.codes, one.param)
             state[f"{key}_scale"], state[f"{key}_amax"] = held.q.scale, held.amax
-
-
-def _sum(x: Tensor) -> Steps[Tensor]:
-    return (yield Ask("sum", x))

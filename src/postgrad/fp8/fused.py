@@ -15,7 +15,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from postgrad.errors import ConfigError
-from postgrad.fp8.adam import BF16, F32, Gradient, Hyper, Moments, Store, bounds_of, coefficients, noise_keys
+from postgrad.fp8.adam import (
+    BF16,
+    F32,
+    Gradient,
+    Hyper,
+    Moments,
+    Store,
+    bounds_of,
+    coefficients,
+    noise_keys,
+    step_states,
+)
 from postgrad.fp8.numerics import E4M3, E5M2, F16, Format, Quantized
 
 Backend = Literal["auto", "torch", "compile", "triton"]
@@ -78,6 +89,20 @@ def fused_norm(gradients: Iterable[Quantized]) -> Float[Tensor, ""]:
         _launch(_kernels().norm_kernel, len(places), (table, out, places), {"G": _KINDS[format]}, chunked=True)
         squares.append(out.sum())
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
+
+
+def step_items(items: Sequence[Item], backend: Backend) -> list[Moments]:
+    """Take the steps of many parameters: those that kernels can take at once, the others one by one."""
+    fused = [backend == "triton" and fusible(item.moments, item.gradient) for item in items]
+    fused_step(item for item, is_fused in zip(items, fused, strict=True) if is_fused)
+    return [
+        item.moments
+        if is_fused
+        else step_states(
+            item.moments, item.gradient, item.hyper, guard=item.guard, factor=item.factor, store=item.store
+        )
+        for item, is_fused in zip(items, fused, strict=True)
+    ]
 
 
 def fused_step(items: Iterable[Item]) -> None:

@@ -15,7 +15,7 @@ Source:  FP8-LM (arXiv 2310.18313), section 2.2; the formulas are in `postgrad.f
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple, TypedDict, Unpack
 
@@ -36,13 +36,14 @@ from postgrad.fp8.adam import (
     Scales,
     StateFormats,
     Store,
+    check_betas,
+    full,
     hyper_of,
     needs_scale,
     noted,
     start,
-    step_states,
 )
-from postgrad.fp8.fused import Backend, Item, check_backend, choose, fused_norm, fused_step, fusible
+from postgrad.fp8.fused import Backend, Item, check_backend, choose, fused_norm, step_items
 from postgrad.fp8.gradients import Gradients, global_norm, take
 from postgrad.fp8.numerics import E4M3, E5M2, F16, Format, Quantized, Rounding
 from postgrad.fp8.scaled import ScaledTensor, scale_parameter_
@@ -177,10 +178,7 @@ class Fp8AdamW(Optimizer):
         Args: norm: of all gradients before the division, if it is known already, over all ranks for example; a step
               is skipped too where it is not finite.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         work = list(self._work())
         if not work:
             return loss
@@ -204,10 +202,7 @@ class Fp8AdamW(Optimizer):
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for name, param in zip(names, params, strict=True):
             if name in state_dict["state"]:
-                self.state[param] = {
-                    key: item.detach().to(param.device, copy=True) if isinstance(item, Tensor) else item
-                    for key, item in state_dict["state"][name].items()
-                }
+                self.state[param] = copies(state_dict["state"][name], param.device)
 
     def _work(self) -> Iterator[_Work]:
         """Find the parameters that have a gradient."""
@@ -232,14 +227,9 @@ class Fp8AdamW(Optimizer):
         return torch.where(amaxes.isfinite().all(), norm.to(amaxes.device), math.nan)
 
     def _take(self, work: list[_Work], factor: float, backend: Backend) -> None:
-        """Step all parameters: those that kernels can take at once, the others one by one."""
+        """Step all parameters and keep what that leaves."""
         items = [self._item(one, factor, compiled=backend == "compile") for one in work]
-        fused = [backend == "triton" and fusible(item.moments, item.gradient) for item in items]
-        fused_step(item for item, is_fused in zip(items, fused, strict=True) if is_fused)
-        for one, item, is_fused in zip(work, items, fused, strict=True):
-            after = item.moments
-            if not is_fused:
-                after = step_states(after, item.gradient, item.hyper, guard=item.guard, factor=factor, store=item.store)
+        for one, item, after in zip(work, items, step_items(items, backend), strict=True):
             self._keep(one.param, after)
             self.state[one.param]["step"] = item.hyper.step
 
@@ -255,8 +245,7 @@ class Fp8AdamW(Optimizer):
     def _master(self, param: Tensor) -> Held:
         """Read a parameter and its amax, which is measured anew where anyone has written to it since the last step."""
         if not isinstance(param, ScaledTensor):
-            one = torch.ones((), device=param.device)
-            return Held(Quantized(param.detach().float(), one, F32), torch.zeros_like(one))
+            return full(param)
         known = self._known.get(param)
         if known is not None and known.holds(param):
             return Held(param.quantized, known.amax)
@@ -286,6 +275,21 @@ class Fp8AdamW(Optimizer):
                 state = state_dict["state"].get(name, {})
                 for key, format in (("exp_avg", formats.m), ("exp_avg_sq", formats.v)) if state else ():
                     _check_codes(state.get(key), param, format, f"{key} of parameter {name}")
+
+
+def loss_of(closure: Callable[[], float] | None) -> float | None:
+    """Compute the loss anew with gradients, where an optimizer's step is asked to."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def copies(entries: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Copy the tensors of a parameter's state to a device, as they are."""
+    return {
+        key: item.detach().to(device, copy=True) if isinstance(item, Tensor) else item for key, item in entries.items()
+    }
 
 
 def formats_of(param: Tensor, group: dict[str, Any]) -> StateFormats:
@@ -336,9 +340,7 @@ def _spelled(formats: StateFormats) -> dict[str, Any]:
 
 def _check(group: dict[str, Any]) -> None:
     """Refuse settings that cannot work."""
-    beta1, beta2 = group["betas"]
-    if not (0 <= beta1 < 1 and beta1**2 < beta2 < 1):
-        raise ConfigError(f"betas must have 0 <= beta1 < 1 and beta1^2 < beta2 < 1; found {(beta1, beta2)}")
+    check_betas(group["betas"])
     for key in ("lr", "eps", "weight_decay"):
         if not group[key] >= 0:
             raise ConfigError(f"{key} must be >= 0; found {group[key]}")

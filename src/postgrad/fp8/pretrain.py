@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from postgrad.core import segments
 from postgrad.core.adapters import unwrap
-from postgrad.core.batches import CPU, num_steps
+from postgrad.core.batches import CPU, check_train, num_steps
 from postgrad.core.blocks import Stream, block_batches, cut, require_blocks, spread_blocks
 from postgrad.core.config import DataConfig, ModelConfig, OptimConfig, PrecisionConfig, RuntimeConfig, TrainConfig
 from postgrad.core.distributed import first_rank, gather_objects
@@ -37,7 +37,6 @@ from postgrad.core.loop import Loss, train
 from postgrad.core.metrics import mean_interval
 from postgrad.core.models import count_parameters, head_of, load_lm, load_tokenizer, save_model, within_context
 from postgrad.core.ops import Head, token_logprobs, token_nll
-from postgrad.core.precision import check_precision
 from postgrad.core.report import Cell, Note, Report, Section, Table
 from postgrad.core.runtime import Job, finish, finished, stage_seed, start
 from postgrad.errors import ConfigError, ModelError
@@ -133,19 +132,11 @@ def check(config: PretrainConfig) -> None:
         raise ConfigError("fresh: adapters need trained weights beneath them; set model.lora_rank to 0.")
     if not 0 <= config.data.held_out < 1:
         raise ConfigError(f"data.held_out is a share of the documents, from 0 to below 1, got {config.data.held_out}.")
-    least = {
-        "data.max_length": config.data.max_length,
-        "train.batch_size": config.train.batch_size,
-        "train.micro_tokens": config.train.micro_tokens,
-    }
-    for name, value in least.items():
-        if value < 1:
-            raise ConfigError(f"{name} must be >= 1, got {value}.")
-    check_precision(config.train.precision)
+    if config.data.max_length < 1:
+        raise ConfigError(f"data.max_length must be >= 1, got {config.data.max_length}.")
     if config.eval_blocks < 0:
         raise ConfigError(f"eval_blocks must be >= 0, got {config.eval_blocks}.")
-    if config.train.max_steps == 0 and not config.train.epochs > 0:
-        raise ConfigError(f"train.epochs must be > 0 unless train.max_steps is set, got {config.train.epochs}.")
+    check_train(config.train)
 
 
 def choose_tokenizer(config: PretrainConfig) -> PreTrainedTokenizerBase:

@@ -19,7 +19,7 @@ from torch.utils import _pytree
 
 from postgrad.errors import ModelError
 from postgrad.fp8.adam import BF16, F32, needs_scale
-from postgrad.fp8.collectives import Ask, Steps, Wire, run
+from postgrad.fp8.collectives import Ask, Wire, over_ranks
 from postgrad.fp8.numerics import E4M3, Format, Quantized, dequantize, quantize, scale_for
 from postgrad.fp8.reduction import amaxes_of
 from postgrad.fp8.scaled import ScaledTensor
@@ -142,20 +142,9 @@ def agree(shards: Sequence[ShardedWeight], group: dist.ProcessGroup | None, wire
     if not shards:
         return
     with torch.no_grad():
-        amaxes = greatest_of(amaxes_of(shards), group, wire)
+        amaxes = over_ranks("max", amaxes_of(shards), group, wire)
         for shard, amax in zip(shards, amaxes.unbind(), strict=True):
             shard.agreement.learn(amax)
-
-
-def greatest_of(
-    amaxes: Float[Tensor, " T"], group: dist.ProcessGroup | None, wire: Wire | None = None
-) -> Float[Tensor, " T"]:
-    """Return the greatest of each number over the ranks."""
-
-    def steps() -> Steps[Tensor]:
-        return (yield Ask("max", amaxes))
-
-    return run(steps(), group, wire)
 
 
 def shard_parameter_(param: Parameter, master: Format | None = None, wire: Wire | None = None) -> None:

@@ -16,7 +16,7 @@ from postgrad.core.report import TENSORS
 from postgrad.core.runtime import Job, stage_seed
 from postgrad.core.sections import Section
 from postgrad.fp8.averages import average_gradients
-from postgrad.fp8.factors import keep_factor, keep_windows, resume_factor, resume_windows
+from postgrad.fp8.factors import keep_factor, keep_windows, resume_factor, resume_windows, windowed
 from postgrad.fp8.levels import coded_parameters, prepare, restore
 from postgrad.fp8.scaling_factor import ScalingFactor
 from postgrad.fp8.watch import Watch, watch_sections
@@ -37,16 +37,17 @@ class Fp8Updates:
         self._plain: list[Parameter] = [param for param in every if param not in coded]
         self._norm = torch.zeros((), dtype=torch.float64)
         self._factor: ScalingFactor | None = None
-        if precision.reduction == "native" and precision.level != "O3" and self._coded:
+        if precision.reduction == "native" and self._coded:
             start, device = -math.log2(job.world) / 2, self._coded[0].device
             self._factor = ScalingFactor(len(self._coded), start=start, device=device)
             keep_factor(self.optimizer, self._coded, self._factor)
-        keep_windows(self.optimizer, model)
+        self._windowed = windowed(model)
+        keep_windows(self.optimizer, self._windowed)
         self._watch = Watch(model, precision.watch_every)
 
     def begin(self, step: int) -> None:
         """Take up what a checkpoint held; measure in the passes of a step, if that is due."""
-        resume_windows(self.optimizer, self._model)
+        resume_windows(self.optimizer, self._windowed)
         if self._factor is not None:
             resume_factor(self.optimizer, self._coded, self._factor)
         self._watch.begin(step)

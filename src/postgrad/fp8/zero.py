@@ -26,16 +26,15 @@ from postgrad.fp8.adam import F32, hold
 from postgrad.fp8.averages import (
     average_plain,
     average_to_owners,
-    greatest,
     plain_gradients,
     plain_square,
     square_or_nan,
 )
-from postgrad.fp8.collectives import Wire, place, run
+from postgrad.fp8.collectives import Wire, over_ranks, place
 from postgrad.fp8.factors import FILLED, WINDOW
 from postgrad.fp8.gradients import Gradients
 from postgrad.fp8.numerics import E4M3, Format, Quantized, dequantize, quantize
-from postgrad.fp8.optimizer import Fp8AdamW, Storing, formats_of
+from postgrad.fp8.optimizer import Fp8AdamW, Storing, copies, formats_of, loss_of
 from postgrad.fp8.partition import Like, gather_from_owners, greedy_partition
 from postgrad.fp8.scaled import scale_parameter_, scaled
 
@@ -120,7 +119,7 @@ class ShardedFp8AdamW(Optimizer):
             gradient = self.inner.gradients.of(master)
             if gradient is not None:
                 squares[i] = square_or_nan(gradient).nan_to_num(nan=torch.inf)  # a maximum over ranks may lose NaN
-        squares = run(greatest(squares), self.group)
+        squares = over_ranks("max", squares, self.group)
         plain = [plain_square(gradient) for gradient in plain_gradients(self.plain)]
         every = torch.cat([squares[squares >= 0], torch.stack(plain)] if plain else [squares[squares >= 0]])
         assert len(every), "the loss depends on no parameter that trains: none received a gradient"
@@ -137,10 +136,7 @@ class ShardedFp8AdamW(Optimizer):
         norm: Tensor | None = None,
     ) -> float | None:
         """Take one step as `Fp8AdamW.step` does, each rank of its own tensors, and send their codes to all."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         if not self._averaged:
             self.average()
         self.grad_norm = (self.norm() if norm is None else norm) / divide
@@ -194,7 +190,7 @@ class ShardedFp8AdamW(Optimizer):
             self.state[param] = {key: entries.pop(key) for key in (WINDOW, FILLED) if key in entries}
             place_ = self._places.get(param)
             if place_ is None:
-                self.inner.state[param] = _copies(entries, param.device)
+                self.inner.state[param] = copies(entries, param.device)
             elif place_ in self._owned and entries:
                 self._take(place_, entries)
 
@@ -221,7 +217,7 @@ class ShardedFp8AdamW(Optimizer):
             )
         codes, scale = entries.pop(MASTER).to(master.device), entries.pop(f"{MASTER}_scale").to(master.device)
         master.store(Quantized(codes, scale, master.format))
-        self.inner.state[master] = _copies(entries, master.device)
+        self.inner.state[master] = copies(entries, master.device)
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         """Return a coded parameter's states and weight of record, on the CPU; it is owned here."""
@@ -262,9 +258,3 @@ class ShardedFp8AdamW(Optimizer):
     def _device(self) -> torch.device:
         params: Sequence[Tensor] = self.coded or self.plain
         return params[0].device
-
-
-def _copies(entries: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {
-        key: item.detach().to(device, copy=True) if isinstance(item, Tensor) else item for key, item in entries.items()
-    }
