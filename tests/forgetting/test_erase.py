@@ -11,15 +11,16 @@ from forget_runs import Killed
 from tiny_digits import GONE, LATER, PLAIN, images, job, material, quick, taught
 from torch import Tensor
 
-from postgrad.core.layer_adapters import REINITIAL_GAIN, activate, adapter_names, pairs
+from postgrad.core.layer_adapters import REINITIAL_GAIN, activate, active_names, adapter_names, pairs
 from postgrad.core.report import read_metrics
 from postgrad.core.runtime import progress
-from postgrad.core.vision_models import Classifier, classifier_hash
+from postgrad.core.vision_models import Classifier, Seen, classifier_hash
 from postgrad.errors import ConfigError, GateError
 from postgrad.forgetting import erase as module
 from postgrad.forgetting.blocks import ffn_blocks
 from postgrad.forgetting.erase import erase
 from postgrad.forgetting.erase_config import PRESETS, EraseConfig, careful, check_erase
+from postgrad.forgetting.leak_terms import LeakTerms
 from postgrad.forgetting.losses import ObjectiveConfig, group_norms, lora_groups
 from postgrad.forgetting.schedules import PRESETS as PUBLISHED
 from postgrad.forgetting.views import View, share_right
@@ -99,6 +100,27 @@ def test_a_second_request_leaves_the_first_alone(tmp_path: Path) -> None:
     assert adapter_names(classifier.network) == (FIRST, SECOND) and same(matrices(classifier), first)
     assert right(classifier, LATER) == 0.0 and right(classifier, GONE) <= 10.0
     assert right(classifier, (0, 1, 2, 4, 5, 6, 7)) > 80
+
+
+def test_the_base_is_asked_for_answers_whatever_was_forgotten_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier, asked = taught(), material(LATER, GONE)
+    original = classifier(asked.forget.images).logits, classifier(asked.retain.images).logits
+    erase(classifier, material(), FIRST, (), quick(), job(tmp_path / "1"))
+    heard: list[tuple[Seen, Seen]] = []
+    note: Callable[..., LeakTerms] = module.leak_terms
+
+    def noted(*args: Any) -> LeakTerms:
+        heard.append(args[3])
+        return note(*args)
+
+    monkeypatch.setattr(module, "leak_terms", noted)
+    erase(classifier, asked, SECOND, (FIRST,), quick(PRESETS["safe"], 1), job(tmp_path / "2"))
+    (base,) = heard
+    for seen, expected in zip(base, original, strict=True):
+        torch.testing.assert_close(seen.logits, expected)
+    assert active_names(classifier.network) == (FIRST, SECOND)
 
 
 def test_where_few_blocks_do_not_suffice_more_are_tried(tmp_path: Path) -> None:
@@ -316,6 +338,7 @@ def test_sparing_needs_a_proxy_term() -> None:
     config = PRESETS["safe"]
     assert careful(PLAIN) is PLAIN
     assert (careful(config).objective.beta, careful(config).leak.proxy) == (0.0, config.leak.unseen)
+    assert PRESETS["thorough"].leak.compress and not careful(PRESETS["thorough"]).leak.compress
 
 
 @pytest.mark.parametrize(

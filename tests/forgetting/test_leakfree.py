@@ -8,8 +8,11 @@ import torch.nn.functional as F
 
 from postgrad.errors import DataError
 from postgrad.forgetting.leakfree import (
+    class_span,
     gold_proxy_logits,
     gold_proxy_loss,
+    kept_loss,
+    outside,
     probe_leak,
     scatter_targets,
     soft_knn_leak,
@@ -55,6 +58,40 @@ def test_the_teacher_gets_no_gradient() -> None:
     gold_proxy_loss(logits, teacher, [0]).backward()
     assert teacher.grad is None
     torch.autograd.gradcheck(lambda z: gold_proxy_loss(z, teacher, [0]), [logits])
+
+
+def test_the_kept_loss_is_the_proxy_loss_of_softened_logits() -> None:
+    """With softness 1 it is that loss; with 2, four times that of the halved logits."""
+    logits, teacher = noise(4, 5), noise(4, 5, seed=1)
+    torch.testing.assert_close(kept_loss(logits, teacher, [3], 1.0), gold_proxy_loss(logits, teacher, [3]))
+    softened = 4 * gold_proxy_loss(logits / 2, teacher / 2, [3])
+    torch.testing.assert_close(kept_loss(logits, teacher, [3], 2.0), softened)
+    at_goal = gold_proxy_logits(teacher, [3]).clamp(min=-1e3)
+    assert float(kept_loss(at_goal, teacher, [3])) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_span_of_the_classes_by_hand() -> None:
+    """Three means on a line along (3, 4, 0): one direction, of length 1, whatever varies within a class."""
+    line = torch.tensor([[3.0, 4.0, 0.0]])
+    means = torch.tensor([0.0, 1.0, 3.0])[:, None] * line
+    features = torch.cat([means + off for off in (torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.0, 0.0, -1.0]]))])
+    (row,) = class_span(features, torch.tensor([4, 7, 9, 4, 7, 9]))
+    torch.testing.assert_close(row.abs(), torch.tensor([0.6, 0.8, 0.0]))
+    assert class_span(features, torch.zeros(6, dtype=torch.int64)).shape == (0, 3)  # one class differs from none
+    assert class_span(features.bfloat16(), torch.tensor([4, 7, 9, 4, 7, 9])).dtype == torch.float32
+
+
+def test_what_lies_outside_by_hand() -> None:
+    """Along the span nothing counts; along the two other axes the variances are 1 and 4."""
+    features = torch.tensor([[9.0, 1.0, 2.0], [-5.0, -1.0, -2.0], [0.0, 1.0, 2.0], [7.0, -1.0, -2.0]])
+    assert outside(features, torch.tensor([[1.0, 0.0, 0.0]])).item() == pytest.approx(5.0)
+    assert outside(features, torch.eye(3)).item() == pytest.approx(0.0, abs=1e-6)
+    assert outside(features + 100, torch.eye(3)[:1]).item() == pytest.approx(5.0, abs=1e-4)  # a shift is no variance
+
+
+def test_what_lies_outside_has_its_gradient() -> None:
+    span = class_span(noise(6, 4), torch.arange(6) % 3)
+    torch.autograd.gradcheck(lambda features: outside(features, span), [noise(5, 4, seed=1).requires_grad_()])
 
 
 def test_samples_land_on_their_nearest_retained_sample() -> None:

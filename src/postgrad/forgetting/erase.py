@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from postgrad.core.distributed import first_rank
-from postgrad.core.layer_adapters import REINITIAL_GAIN, activate, drop, initialise, inject, pairs, prune
+from postgrad.core.layer_adapters import REINITIAL_GAIN, activate, active_names, drop, initialise, inject, pairs, prune
 from postgrad.core.loop import ENOUGH, Loss, train
 from postgrad.core.report import read_metrics
 from postgrad.core.runtime import Job, stage_seed
@@ -90,7 +90,9 @@ def erase(
         config = replace(config, objective=plain(config.objective), leak=NO_LEAK)
         unseen = UnseenTerms(material.levels, log_odds(before.logits, retain.images.labels))
     labels = material.forget.labels if unseen is None else material.forget.labels[:0]
-    extra = leak_terms(config.leak, forget.see_all(), before, labels, material.old)
+    shown = forget.see_all(), before
+    base = _by_base(network, (forget, retain)) if earlier and config.leak.keep + config.leak.proxy else shown
+    extra = leak_terms(config.leak, shown, (labels, material.retain.labels), base, material.old)
     means = class_means(
         torch.cat([before.features, extra.features]),
         torch.cat([material.retain.labels, material.forget.labels]),
@@ -114,6 +116,16 @@ def erase(
             "raise erase.floor if that is acceptable."
         )
     return outcome
+
+
+def _by_base(network: nn.Module, views: tuple[View, View]) -> tuple[Seen, Seen]:
+    """Show both sets to the model without any adapter."""
+    active = active_names(network)
+    activate(network, ())
+    try:
+        return views[0].see_all(), views[1].see_all()
+    finally:
+        activate(network, active)
 
 
 @dataclass(frozen=True)
@@ -286,9 +298,7 @@ def _step(task: _Task, epoch_steps: int) -> Steps:
         on = step // epoch_steps >= config.alpha_from and config.objective.alpha > 0
         penalty = structure(task.groups()) if on else kept.logits.new_zeros(())
         terms = forget_loss(kept, gone, penalty, task.prototypes, config.objective)
-        leaks = (
-            task.leak.losses(batch.forget, gone, kept) if task.unseen is None else task.unseen.losses(batch, gone, kept)
-        )
+        leaks = (task.leak if task.unseen is None else task.unseen).losses(batch, gone, kept)
         total = terms.total + sum(leaks.values(), start=terms.total.new_zeros(()))
         shown = {name: (value, 1.0) for name, value in {**terms._asdict(), **leaks}.items() if name != "total"}
         return Loss(total, 1.0, shown, len(batch.retain) + len(batch.forget))

@@ -58,14 +58,14 @@ class EraseConfig:
 
 
 _SAFE = EraseConfig()
-NO_LEAK = LeakConfig(proxy=0.0, scatter=0.0, knn=0.0, probe=0.0)
+NO_LEAK = LeakConfig(keep=0.0, proxy=0.0, scatter=0.0, knn=0.0)
 _PLAIN = replace(
     # where images are answered with certainty the forgetting term hardly has a slope: alpha stays below it
     _SAFE, objective=replace(_SAFE.objective, alpha=1e-4), leak=NO_LEAK, scale=1.0, least_steps=0, patience=1,
     train=replace(_SAFE.train, epochs=40),
 )  # fmt: skip
 _THOROUGH = replace(
-    _SAFE, select_epochs=0, least_steps=60,
+    _SAFE, select_epochs=0, least_steps=250, leak=replace(_SAFE.leak, probe=0.25, compress=5.0),
     train=replace(_SAFE.train, epochs=4, optim=replace(_SAFE.train.optim, lr=2e-2)),
 )  # fmt: skip
 _PAPER = EraseConfig(
@@ -94,12 +94,13 @@ def careful(config: EraseConfig) -> EraseConfig:
     """Fit settings with a proxy term for a request that leaves classes without any image.
 
     Forgotten images are then answered as the kept classes they look like, those without images among them, and are
-    pushed no further: what only drives their own class down takes its neighbours along.
+    pushed no further: what only drives their own class down takes its neighbours along. Nor are directions taken away
+    that those classes may need.
     """
     if not config.leak.proxy:
         return config
     objective = replace(config.objective, beta=0.0)
-    return replace(config, objective=objective, leak=replace(config.leak, proxy=config.leak.unseen))
+    return replace(config, objective=objective, leak=replace(config.leak, proxy=config.leak.unseen, compress=0.0))
 
 
 def epochs_of(settings: TrainConfig, least_steps: int, epoch_steps: int) -> int:

@@ -44,6 +44,41 @@ def gold_proxy_loss(
     return F.kl_div(logits.log_softmax(1), target, reduction="none").sum(1).mean()
 
 
+def kept_loss(
+    logits: Float[Tensor, "B K"], teacher: Float[Tensor, "B K"], forgotten: Sequence[int], softness: float = 2.0
+) -> Float[Tensor, ""]:
+    """Return the mean softness^2 KL(t || s) of retained samples in nats, both softened: softmax(logits / softness).
+
+    t is the teacher's answer without forgotten classes, as in `gold_proxy_loss`. What a retained class lost to them is
+    given back, and all else stays as the teacher had it, which saw far more than the samples at hand.
+
+    Source:  distillation as in Hinton et al. 2015 (arXiv 1503.02531); the teacher without rows is ours.
+    """
+    target = (gold_proxy_logits(teacher.detach(), forgotten) / softness).softmax(1)
+    return softness**2 * F.kl_div((logits / softness).log_softmax(1), target, reduction="none").sum(1).mean()
+
+
+def class_span(features: Float[Tensor, "N D"], labels: Int[Tensor, " N"], least: float = 1e-6) -> Float[Tensor, "R D"]:
+    """Span the differences of the classes' mean features by orthonormal rows: R is at most one less than the classes.
+
+    Args:    least: share of the largest singular value below which a direction counts as none.
+    """
+    means = torch.stack([_full(features[labels == label]).mean(0) for label in sorted({*labels.tolist()})])
+    _, sizes, rows = torch.linalg.svd(means - means.mean(0), full_matrices=False)
+    span: Tensor = rows[sizes > least * sizes[:1].clamp(min=torch.finfo(sizes.dtype).tiny)]
+    return span
+
+
+def outside(features: Float[Tensor, "B D"], span: Float[Tensor, "R D"]) -> Float[Tensor, ""]:
+    """Return the variance of the features off a span, summed over directions: what retained classes do not need.
+
+    A trained classifier's features collapse onto the differences of its classes' means (Papyan et al. 2020, arXiv
+    2008.08186). Those of a model that never saw some classes have no directions of theirs.
+    """
+    centred = _full(features) - _full(features).mean(0)
+    return (centred - centred @ span.T @ span).square().sum(1).mean()
+
+
 def scatter_targets(
     keys: Float[Tensor, "B E"], bank_keys: Float[Tensor, "N E"], bank_features: Float[Tensor, "N D"], k: int = 1
 ) -> Float[Tensor, "B D"]:
@@ -103,3 +138,8 @@ def probe_leak(
     # Without a forgotten sample, or with none but them, there is nothing to explain: 0.
     explained: Tensor = (total - unexplained) / total.clamp(min=tiny)
     return explained
+
+
+def _full(features: Tensor) -> Tensor:
+    """Bring half precision to float32, which is decomposed by singular values; leave float32 and float64."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))
