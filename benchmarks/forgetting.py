@@ -54,7 +54,7 @@ from postgrad.forgetting.views import passes
 REPOSITORY = Path(__file__).resolve().parents[1]
 ORL = REPOSITORY.parent / "shared" / "data" / "faces" / "orl_40x10_112x92.npz"
 OURS, OFFICIAL = "safe", "paper"
-PRESETS_SHOWN = (OURS, "gs-lora", OFFICIAL)
+PRESETS_SHOWN = (OURS, "thorough", "gs-lora", OFFICIAL)
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 RATIO_BAR, H_BAR = 10.0, 0.5
 NEIGHBOURS = 5

@@ -16,7 +16,7 @@ sys.path.insert(0, str(REPOSITORY))  # benchmarks are not installed
 from benchmarks import forgetting as command  # noqa: E402
 from benchmarks.forgetting import Round, Served  # noqa: E402
 
-METHODS = ["safe", "gs-lora", "paper", "scrub", "salun"]
+METHODS = ["safe", "thorough", "gs-lora", "paper", "scrub", "salun"]
 
 
 def served(cpu: float, wall: float, h: float, acc_o: float | None = None) -> Served:
@@ -53,7 +53,7 @@ def test_runs_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     written = weights.stat().st_mtime_ns
     assert command.main([*files, *short]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
-    assert list(found["rounds"][0]) == METHODS[:3] and found["rounds"][0]["safe"][0]["knn"] is None
+    assert list(found["rounds"][0]) == METHODS[:4] and found["rounds"][0]["safe"][0]["knn"] is None
     assert weights.stat().st_mtime_ns == written, "the base is trained once"
 
 

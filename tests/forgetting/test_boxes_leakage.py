@@ -13,11 +13,10 @@ from postgrad.forgetting.boxes_leakage import (
     attack,
     check_box_audit,
     leak_figures,
-    nearest_queries,
     objects,
     see,
 )
-from postgrad.forgetting.detection import predict
+from postgrad.forgetting.detection import nearest_queries, predict
 from postgrad.forgetting.detector import DetectorConfig, load_detector
 from postgrad.forgetting.leakage import Pass
 from postgrad.forgetting.shapes import SHAPES, shapes

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from postgrad.core.layer_adapters import activate, inject, pairs
 from postgrad.errors import DataError, ModelError
 from postgrad.forgetting.blocks import ffn_blocks
 from postgrad.forgetting.detection import (
+    BoxLeakConfig,
     DetectorBatch,
     DetectorLosses,
     DetectorObjectiveConfig,
     Held,
+    Objects,
     Predictions,
     class_prototypes,
     detection_forget_step,
@@ -23,8 +26,10 @@ from postgrad.forgetting.detection import (
     forget_objective,
     held_answers,
     hold_loss,
+    leak_losses,
     match,
     matched_embeddings,
+    objects_of,
     of_classes,
     predict,
     remain_objective,
@@ -325,3 +330,65 @@ def test_the_held_answers_count_by_their_weight(name):
     assert found[0].hold == 0 < found[1].hold and isinstance(held, Held)
     torch.testing.assert_close(found[2].hold, 3 * found[1].hold)
     torch.testing.assert_close(found[2].total, found[0].total + found[2].hold)
+
+
+def objects(labels, *embeddings):
+    return Objects(torch.tensor(embeddings), torch.tensor(labels))
+
+
+def test_the_neighbours_that_tell_are_counted_above_their_bound():
+    gone, kept = objects([1, 1], [2.0, 0.0], [0.0, 1.0]), objects([0], [3.0, 0.0])
+    config = BoxLeakConfig(knn=2.0, temperature=1.0, bound_knn=0.1)
+    share = (1 / (1 + torch.e) + 0.5) / 2  # cosines of the first: 0 and 1; of the second: 0 and 0
+    knn, probe = leak_losses(gone, kept, config)
+    assert float(knn) == pytest.approx(2 * math.log(0.9 / (1 - share)), rel=1e-5) and probe == 0
+    assert leak_losses(gone, kept, BoxLeakConfig(knn=2.0, temperature=1.0, bound_knn=0.4))[0] == 0
+
+
+def test_what_a_regression_finds_is_counted_above_its_bound():
+    gone, kept = objects([1, 1], [1.0], [0.0]), objects([0, 0], [0.0], [0.0])
+    config = BoxLeakConfig(probe=3.0, ridge=0.5, bound_probe=0.2)
+    weight = 0.5 / (1.5 * 0.75)  # x y = 0.5 and x x = 0.75, centred; y y = 1
+    explained = 2 * weight * 0.5 - weight**2 * 0.75
+    knn, probe = leak_losses(gone, kept, config)
+    assert float(probe) == pytest.approx(3 * math.log(0.8 / (1 - explained)), rel=1e-5) and knn == 0
+    assert leak_losses(gone, kept, BoxLeakConfig(probe=3.0, ridge=0.5, bound_probe=0.3))[1] == 0
+
+
+def test_hiding_moves_forgotten_objects_alone():
+    gone, kept = (
+        Objects(torch.randn(6, 3, generator=torch.Generator().manual_seed(seed)).requires_grad_(), torch.tensor(labels))
+        for seed, labels in ((0, [1] * 6), (1, [0, 0, 2, 2, 3, 3]))
+    )
+    config = BoxLeakConfig(knn=1.0, probe=1.0, bound_knn=0.0, bound_probe=0.0)
+    sum(leak_losses(gone, kept, config)).backward()
+    assert kept.embeddings.grad is None and bool(gone.embeddings.grad.any(1).all())
+
+
+def test_objects_are_read_from_the_nearest_queries_whatever_they_are_named():
+    boxes = torch.rand(2, 5, 4, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.3
+    boxes[0, 3], boxes[0, 1], boxes[1, 4] = ONE["boxes"][0], ONE["boxes"][1], TWO["boxes"][0]
+    embeddings = torch.arange(20.0).reshape(2, 5, 2)
+    found = objects_of(Predictions(torch.zeros(2, 5, 4), boxes, embeddings), [ONE, TWO])
+    assert found.labels.tolist() == [1, 3, 0]
+    assert torch.equal(found.embeddings, torch.stack([embeddings[0, 3], embeddings[0, 1], embeddings[1, 4]]))
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_terms_that_hide_are_off_by_default_and_add_up(name):
+    model = forgetting(name)
+    usual = step(model)
+    assert usual.leak_knn == usual.leak_probe == 0
+    hidden = step(model, leak=BoxLeakConfig(knn=2.0, bound_knn=0.0, probe=0.5, bound_probe=0.0))
+    assert hidden.leak_knn > 0 < hidden.leak_probe
+    torch.testing.assert_close(hidden.total, usual.total + hidden.leak_knn + hidden.leak_probe)
+    twice = step(model, leak=BoxLeakConfig(knn=4.0, bound_knn=0.0))
+    torch.testing.assert_close(twice.leak_knn, 2 * hidden.leak_knn)
+
+
+def test_boxes_to_forget_need_not_be_fitted():
+    losses = DetectorLosses(torch.tensor(1.5), torch.tensor(0.3), torch.tensor(0.4))
+    assert float(forget_objective(losses, 4.0, 0.0)) == pytest.approx(1.0)
+    assert float(forget_objective(losses, 4.0, 0.5)) == pytest.approx(1.0 + 0.75 + 0.4)
+    model = forgetting("detr")
+    assert step(model, fit=0.0, bound=1e-3).forget < 1e-3 < step(model, bound=1e-3).forget

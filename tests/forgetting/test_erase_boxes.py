@@ -5,19 +5,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from postgrad.core.layer_adapters import adapter_names, base_hashes, pairs
+from postgrad.core.layer_adapters import activate, adapter_names, base_hashes, pairs
 from postgrad.core.runtime import Job
 from postgrad.errors import ConfigError, DataError, GateError
 from postgrad.forgetting import erase_boxes as erasing
-from postgrad.forgetting.detection import held_answers, predict
+from postgrad.forgetting.detection import BoxLeakConfig, held_answers, objects_of, predict
 from postgrad.forgetting.detector import DetectorConfig, load_detector
 from postgrad.forgetting.erase_boxes import PRESETS, BoxMaterial, EraseBoxesConfig, check_erase_boxes, erase_boxes
+from postgrad.forgetting.leakfree import soft_knn_leak
 from postgrad.forgetting.shapes import SHAPES, shapes
 
 QUICK = replace(
     PRESETS["safe"], rank=2, select_epochs=1, blocks=1, snap=0.0, early=False, floor=100.0, least_steps=0,
     train=replace(PRESETS["safe"].train, epochs=1, batch_size=8, log_every=1),
 )  # fmt: skip
+
+
+LEAKS = {"knn": -1.0, "probe": -1.0, "ridge": -1.0, "temperature": 0.0, "bound_knn": 1.0, "bound_probe": -0.1}
+"""Each of them contradicts itself."""
 
 
 @pytest.fixture(autouse=True)
@@ -110,12 +115,33 @@ def test_a_request_needs_images_to_forget_and_to_retain(detector, tmp_path):
             erase_boxes(detector, chosen, "one", (), QUICK, job(tmp_path / empty))
 
 
+def test_embeddings_are_moved_by_an_erasure_that_hides_and_by_no_preset(detector, tmp_path):
+    """Neighbours tell less of the forgotten objects than after the same steps without the term."""
+    assert not any(preset.objective.leak.knn or preset.objective.leak.probe for preset in PRESETS.values())
+    chosen = material()
+    images = [detector.batch(boxes, range(len(boxes))) for boxes in (chosen.forget, chosen.retain)]
+
+    def told(name, knn):
+        leak = BoxLeakConfig(knn=knn, bound_knn=0.0, temperature=0.1)
+        objective = replace(QUICK.objective, leak=leak, weight_forget=0.0)
+        config = replace(QUICK, select_epochs=0, objective=objective, train=replace(QUICK.train, epochs=10))
+        erase_boxes(detector, chosen, name, (), config, job(tmp_path / name))
+        with torch.no_grad():
+            found = [predict(detector.network, batch) for batch in images]
+        activate(detector.network, [])
+        gone, kept = (objects_of(each, batch.targets) for each, batch in zip(found, images, strict=True))
+        return float(soft_knn_leak(*gone, *kept, 0.1))
+
+    assert told("hidden", 20.0) < told("open", 0.0)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         {"rank": 0}, {"blocks": 0}, {"floor": -1.0}, {"train": replace(QUICK.train, epochs=0.5)},
         {"train": replace(QUICK.train, batch_size=0)}, {"objective": replace(QUICK.objective, bound=0.0)},
-        {"objective": replace(QUICK.objective, hold=-1.0)},
+        {"objective": replace(QUICK.objective, hold=-1.0)}, {"objective": replace(QUICK.objective, fit=-1.0)},
+        *({"objective": replace(QUICK.objective, leak=BoxLeakConfig(**{key: value}))} for key, value in LEAKS.items()),
     ],
 )  # fmt: skip
 def test_settings_that_contradict_each_other(wrong):

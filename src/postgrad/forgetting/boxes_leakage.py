@@ -7,7 +7,7 @@ apart to a degree, too: only the excess over it is a leak. Without gold there is
 
 Source:  the attacks are those on classifiers, forgetting/leakage.py.
 
-Letters: Q queries, T boxes of an image, F forgotten test objects.
+Letters: F forgotten test objects.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from postgrad.core.metrics import Interval
 from postgrad.errors import ConfigError
-from postgrad.forgetting.average_precision import corners
 from postgrad.forgetting.boxes import BoxSet, drawn
+from postgrad.forgetting.detection import nearest_queries
 from postgrad.forgetting.detector import Detector
 from postgrad.forgetting.leakage import Pass, fit_probe, knn_found, probe_found, recovery
 from postgrad.forgetting.leakage_audit import spread
@@ -76,14 +76,6 @@ def objects(detector: Detector, boxes: BoxSet) -> Pass:
             logits.append(found.logits[i, queries])
             labels.append(target["class_labels"])
     return Pass(torch.cat(features).cpu(), torch.cat(logits).cpu(), torch.cat(labels).cpu())
-
-
-def nearest_queries(found: Float[Tensor, "Q 4"], there: Float[Tensor, "T 4"]) -> Int[Tensor, " T"]:
-    """Find for each box the query that lies nearest, by 5 L1 - 2 GIoU as detectors are matched, names left aside."""
-    from transformers.loss.loss_for_object_detection import generalized_box_iou
-
-    overlap: Tensor = generalized_box_iou(corners(there), corners(found))
-    return (5 * torch.cdist(there, found, p=1) - 2 * overlap).argmin(1)
 
 
 def attack(seen: Seen, forgotten: Sequence[int], config: BoxAuditConfig) -> Attacked:

@@ -1,14 +1,19 @@
 """Forgetting classes of a detector of the DETR family: their boxes are still fitted, their names are not.
 
-Formula:   L = R(x_r) + beta F(x_f) + alpha sum_g ||g||_2 + w_f relu(BND_pro - KL(x_f)) + w_r KL(x_r) + h H(x_r), where
-           R = 2 C + 5 L1 + 2 GIoU,   F = relu(BND - 2 C) + 5 L1 + 2 GIoU,
+Formula:   L = R(x_r) + beta F(x_f) + alpha sum_g ||g||_2 + w_f relu(BND_pro - KL(x_f)) + w_r KL(x_r) + h H(x_r)
+               + k relu(log (1 - N_0) / (1 - N)) + p relu(log (1 - P_0) / (1 - P)), where
+           R = 2 C + 5 L1 + 2 GIoU,   F = relu(BND - 2 C) + f (5 L1 + 2 GIoU),
            H = sum_q [KL(p_q || now) + 5 w_q L1] / sum_q w_q, p_q what query q answered before the request without the
            names that are to go, and w_q how sure it was of an object,
            C is the focal loss (DETR: its cross entropy, with "no object" as a class), and KL is between the rows of the
-           classifier and the decoder's embeddings of the queries that were matched to boxes.
+           classifier and the decoder's embeddings of the queries that were matched to boxes;
+           N is the share of neighbours, weighted by softmax(cosine / temperature), that have a forgotten object's own
+           class, P the share of variance of the forgotten classes' indicators that a ridge regression explains, both of
+           the embeddings of the queries nearest to the boxes of x_f and x_r, those of x_r detached.
 Source:    GS-LoRA (arXiv 2403.11530), its Deformable DETR; matcher and losses are transformers' own.
 Differs:   only the last decoder layer's predictions count, as in the paper; a batch to forget must have boxes. H is an
-           addition: the answers of every query are held, not only those matched to boxes.
+           addition: the answers of every query are held, not only those matched to boxes. So are N and P, which bring
+           the embeddings to what a detector that never saw the classes makes of them, and f, which is 1 there.
 
 A target is what transformers takes: {"class_labels": [T], "boxes": [T, 4]}, a box as (centre x, centre y, width,
 height) in shares of the image.
@@ -16,6 +21,7 @@ height) in shares of the image.
 Letters: B images, Q queries, K classes, D width of an embedding, T boxes of an image.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,11 +32,33 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from postgrad.errors import DataError, ModelError
+from postgrad.forgetting.average_precision import corners
+from postgrad.forgetting.leakfree import probe_leak, soft_knn_leak
 from postgrad.forgetting.losses import bounded_prototype, detector_forget, prototype_kl
 
 Target = dict[str, Tensor]
 Matched = Sequence[tuple[Tensor, Tensor]]
 """For each image: queries, and the boxes they were matched to."""
+LEAST_HIDDEN = 1e-6
+"""Below which a share of 1 is taken for all but 1: its logarithm is finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxLeakConfig:
+    """Weights and bounds of the terms that move forgotten objects' embeddings among those of kept ones."""
+
+    knn: float = 0.0
+    """k: weight of the share N of neighbours that give forgotten objects away; 0 = off."""
+    bound_knn: float = 0.4
+    """N_0: the share at which they are left alone."""
+    temperature: float = 0.15
+    """Cosine over which a neighbour's weight falls to a third: a small one says little where objects lie far apart."""
+    probe: float = 0.0
+    """p: weight of what a ridge regression finds of them, P; 0 = off. Batches need more objects than D."""
+    bound_probe: float = 0.5
+    """P_0: the share of the variance at which they are left alone."""
+    ridge: float = 0.003
+    """Of the regression, in shares of the mean variance; a large one is evaded in directions of little variance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +79,10 @@ class DetectorObjectiveConfig:
     """BND_pro: the divergence in nats at which forgotten embeddings are left alone."""
     hold: float = 0.0
     """h: weight of holding answers on retained images as they were before the request, without the forgotten names."""
+    fit: float = 1.0
+    """f: weight of fitting the boxes to forget; 0 = the detector need not find them."""
+    leak: BoxLeakConfig = BoxLeakConfig()
+    """How the embeddings of what is to be forgotten are moved."""
 
 
 class DetectorBatch(NamedTuple):
@@ -87,6 +119,8 @@ class DetectorTerms(NamedTuple):
     prototype_forget: Float[Tensor, ""]
     prototype_retain: Float[Tensor, ""]
     hold: Float[Tensor, ""]
+    leak_knn: Float[Tensor, ""]
+    leak_probe: Float[Tensor, ""]
 
 
 class Held(NamedTuple):
@@ -95,6 +129,53 @@ class Held(NamedTuple):
     scores: Float[Tensor, "B Q K"]
     """Probabilities: of each class by itself or, of DETR, of all and "no object"."""
     boxes: Float[Tensor, "B Q 4"]
+
+
+class Objects(NamedTuple):
+    """What a detector's last embeddings make of objects, whatever it names them."""
+
+    embeddings: Float[Tensor, "M D"]
+    """Of the query nearest to each box."""
+    labels: Int[Tensor, " M"]
+    """True ones."""
+
+
+def nearest_queries(found: Float[Tensor, "Q 4"], there: Float[Tensor, "T 4"]) -> Int[Tensor, " T"]:
+    """Find for each box the query that lies nearest, by 5 L1 - 2 GIoU as detectors are matched, names left aside."""
+    from transformers.loss.loss_for_object_detection import generalized_box_iou
+
+    overlap: Tensor = generalized_box_iou(corners(there), corners(found))
+    return (5 * torch.cdist(there, found, p=1) - 2 * overlap).argmin(1)
+
+
+def objects_of(found: Predictions, targets: Sequence[Target]) -> Objects:
+    """Ask for each box the query that lies nearest: what the audit reads (forgetting/boxes_leakage.py)."""
+    boxes = found.boxes.detach()
+    near = [nearest_queries(boxes[i], target["boxes"]) for i, target in enumerate(targets)]
+    embeddings = torch.cat([found.embeddings[i, queries] for i, queries in enumerate(near)])
+    return Objects(embeddings, torch.cat([target["class_labels"] for target in targets]))
+
+
+def leak_losses(gone: Objects, kept: Objects, config: BoxLeakConfig) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Return the terms of N and of P at the top of this file, times k and p; one that is off is 0.
+
+    Only forgotten objects are moved: kept ones get no gradient.
+    """
+    zero = gone.embeddings.new_zeros(())
+    others, names = kept.embeddings.detach(), gone.labels.unique().tolist()  # type: ignore[no-untyped-call]
+    knn = probe = zero
+    if config.knn:
+        share = soft_knn_leak(*gone, others, kept.labels, config.temperature)
+        knn = config.knn * _above(share, config.bound_knn)
+    if config.probe:
+        both, labels = torch.cat([gone.embeddings, others]), torch.cat([gone.labels, kept.labels])
+        probe = config.probe * _above(probe_leak(both, labels, names, config.ridge), config.bound_probe)
+    return knn, probe
+
+
+def _above(share: Float[Tensor, ""], bound: float) -> Float[Tensor, ""]:
+    """Return relu(log((1 - bound) / (1 - share))): its slope is steep where a share is next to 1."""
+    return F.relu(math.log1p(-bound) - torch.log((1 - share).clamp(min=LEAST_HIDDEN)))
 
 
 def held_answers(found: Predictions, gone: Iterable[int], *, softmax: bool) -> Held:
@@ -166,9 +247,9 @@ def remain_objective(losses: DetectorLosses) -> Float[Tensor, ""]:
     return 2 * losses.classes + 5 * losses.box_l1 + 2 * losses.box_giou
 
 
-def forget_objective(losses: DetectorLosses, bound: float = 15.0) -> Float[Tensor, ""]:
-    """Return relu(bound - 2 C) + 5 L1 + 2 GIoU."""
-    return detector_forget(F.relu(bound - 2 * losses.classes), losses.box_l1, losses.box_giou)
+def forget_objective(losses: DetectorLosses, bound: float = 15.0, fit: float = 1.0) -> Float[Tensor, ""]:
+    """Return relu(bound - 2 C) + fit (5 L1 + 2 GIoU)."""
+    return detector_forget(F.relu(bound - 2 * losses.classes), fit * losses.box_l1, fit * losses.box_giou)
 
 
 def class_prototypes(model: Any) -> Float[Tensor, "K D"]:
@@ -223,19 +304,21 @@ def detection_forget_step(
     rows = class_prototypes(model)
     zero = rows.new_zeros(())
     found, losses, (embeddings, labels) = _losses(model, retain)
+    others = objects_of(found, retain.targets) if config.leak.knn or config.leak.probe else None
     hold = zero if held is None else config.hold * hold_loss(found, held, softmax=is_softmax(model))
     kept = remain_objective(losses)
     pull = (
         config.weight_retain * prototype_kl(embeddings, labels, rows) if config.weight_retain and len(labels) else zero
     )
-    _, losses, (embeddings, labels) = _losses(model, forget)
-    lack = config.beta * forget_objective(losses, config.bound)
+    found, losses, (embeddings, labels) = _losses(model, forget)
+    lack = config.beta * forget_objective(losses, config.bound, config.fit)
     push = zero
     if config.weight_forget:
         push = config.weight_forget * bounded_prototype(embeddings, labels, rows, config.bound_prototype)
     sparse = config.alpha * structure if config.alpha else zero
-    total = kept + lack + sparse + push + pull + hold
-    return DetectorTerms(total, *(term.detach() for term in (kept, lack, sparse, push, pull, hold)))
+    leaks = (zero, zero) if others is None else leak_losses(objects_of(found, forget.targets), others, config.leak)
+    terms = (kept, lack, sparse, push, pull, hold, *leaks)
+    return DetectorTerms(sum(terms, zero), *(term.detach() for term in terms))
 
 
 def _losses(model: nn.Module, batch: DetectorBatch) -> tuple[Predictions, DetectorLosses, tuple[Tensor, Tensor]]:

@@ -23,12 +23,13 @@ from postgrad.core.config import OptimConfig, TrainConfig
 from postgrad.core.layer_adapters import REINITIAL_GAIN, activate, drop, initialise, inject, pairs, prune
 from postgrad.core.loop import ENOUGH, Loss, train
 from postgrad.core.runtime import Job, stage_seed
-from postgrad.errors import DataError, GateError
+from postgrad.errors import ConfigError, DataError, GateError
 from postgrad.forgetting.average_precision import Boxes, average_precision, present
 from postgrad.forgetting.batches import Pair, PairBatches
 from postgrad.forgetting.blocks import Block, ffn_blocks
 from postgrad.forgetting.boxes import BoxSet
 from postgrad.forgetting.detection import (
+    BoxLeakConfig,
     DetectorObjectiveConfig,
     Held,
     detection_forget_step,
@@ -123,7 +124,17 @@ def check_erase_boxes(config: EraseBoxesConfig, name: str = "erase") -> None:
     check_objective(config.objective, name)
     check_training(config.train, name)
     check_counts({key: vars(config)[key] for key in ("select_epochs", "least_steps", "snap", "floor")}, name)
-    check_counts({"hold": config.objective.hold}, f"{name}.objective")
+    check_counts({key: vars(config.objective)[key] for key in ("hold", "fit")}, f"{name}.objective")
+    _check_leak(config.objective.leak, f"{name}.objective.leak")
+
+
+def _check_leak(leak: BoxLeakConfig, name: str) -> None:
+    check_counts({key: vars(leak)[key] for key in ("knn", "probe", "ridge")}, name)
+    if leak.temperature <= 0:
+        raise ConfigError(f"{name}.temperature: expected above 0, found {leak.temperature}.")
+    for key in ("bound_knn", "bound_probe"):
+        if not 0 <= vars(leak)[key] < 1:
+            raise ConfigError(f"{name}.{key}: expected a share of at least 0 and below 1, found {vars(leak)[key]}.")
 
 
 def erase_boxes(

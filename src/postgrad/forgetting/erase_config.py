@@ -65,7 +65,7 @@ _PLAIN = replace(
     train=replace(_SAFE.train, epochs=40),
 )  # fmt: skip
 _THOROUGH = replace(
-    _SAFE, select_epochs=0, least_steps=250, leak=replace(_SAFE.leak, probe=0.25, compress=5.0),
+    _SAFE, select_epochs=0, least_steps=250, leak=replace(_SAFE.leak, probe=0.5, compress=5.0),
     train=replace(_SAFE.train, epochs=4, optim=replace(_SAFE.train.optim, lr=2e-2)),
 )  # fmt: skip
 _PAPER = EraseConfig(
