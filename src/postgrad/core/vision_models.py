@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from postgrad.core.files import atomic_path, flush, remove, write_json
 from postgrad.core.layer_adapters import base_hashes
+from postgrad.core.numbers import full
 from postgrad.core.runtime import Job, stage_seed
 from postgrad.core.vision_networks import (
     NO_BUILDERS,
@@ -153,7 +154,7 @@ class Classifier(nn.Module):
         assert len(heard) == 1, (
             f"{self.head_name} was called {len(heard)} times; was it replaced? Make a new classifier"
         )
-        return Seen(_at_least_float32(heard[0]), _at_least_float32(logits))
+        return Seen(full(heard[0]), full(logits))
 
 
 def load_classifier(
@@ -313,7 +314,3 @@ def _rows(
             f"found one of {len(labels)} ({', '.join(labels[:3])}, ...). Finetune the model on this data first."
         )
     return rows
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

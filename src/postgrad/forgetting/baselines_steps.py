@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from postgrad.core.loop import Loss
+from postgrad.core.numbers import full
 from postgrad.core.runtime import stage_seed
 from postgrad.core.vision import ImageSet
 from postgrad.core.vision_models import Classifier, Seen
@@ -27,7 +28,6 @@ from postgrad.forgetting.distillation import (
     attention_map,
     der_distance,
     fdr_distance,
-    full,
     kl_distance,
     lwf_distance,
     lwf_official_distance,

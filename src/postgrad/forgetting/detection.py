@@ -162,7 +162,7 @@ def leak_losses(gone: Objects, kept: Objects, config: BoxLeakConfig) -> tuple[Fl
     Only forgotten objects are moved: kept ones get no gradient.
     """
     zero = gone.embeddings.new_zeros(())
-    others, names = kept.embeddings.detach(), gone.labels.unique().tolist()  # type: ignore[no-untyped-call]
+    others, names = kept.embeddings.detach(), sorted({*gone.labels.tolist()})
     knn = probe = zero
     if config.knn:
         share = soft_knn_leak(*gone, others, kept.labels, config.temperature)

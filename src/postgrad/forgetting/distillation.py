@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from postgrad.core.numbers import full, root
+
 FAINT = 0.005
 """Coordinates of an attention map below this count as 0."""
 
@@ -84,14 +86,3 @@ def attention_map(hidden: Float[Tensor, "B T ..."], faint: float = FAINT) -> Flo
 def attention_distance(student: Float[Tensor, "B M"], teacher: Float[Tensor, "B M"]) -> Float[Tensor, " B"]:
     """Return the mean squared difference of two attention maps, over their coordinates."""
     return (student - teacher).square().mean(1)
-
-
-def full(values: Tensor) -> Tensor:
-    """Bring half precision to float32; leave float32 and float64."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def root(squares: Tensor) -> Tensor:
-    """Take the square root; its gradient at 0 is 0, where it would be infinite."""
-    zero = squares == 0
-    return squares.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)

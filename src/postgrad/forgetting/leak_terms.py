@@ -147,7 +147,8 @@ def leak_terms(
     keys, bank = (gold_proxy_logits(seen.logits, forgotten).softmax(1).sqrt() for seen in before)
     targets = scatter_targets(keys, bank, retain.features)
     spread = retain.features.var(0, unbiased=False).mean().clamp(min=LEAST_SPREAD)
-    span = class_span(retain.features, labels[1])
+    # Singular values of many classes take their time: only where they are asked for, else no direction.
+    span = class_span(retain.features, labels[1]) if config.compress else retain.features[:0]
     beyond = outside(torch.cat([forget.features, retain.features]), span).clamp(min=LEAST_SPREAD)
     teacher = (base[0].logits, base[1].logits)
     return LeakTerms(config, forgotten, forget.features, teacher, targets, spread, span, beyond)

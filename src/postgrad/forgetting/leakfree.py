@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from postgrad.core.numbers import full
 from postgrad.errors import DataError
 from postgrad.forgetting.leakage import nearest
 
@@ -54,8 +55,7 @@ def kept_loss(
 
     Source:  distillation as in Hinton et al. 2015 (arXiv 1503.02531); the teacher without rows is ours.
     """
-    target = (gold_proxy_logits(teacher.detach(), forgotten) / softness).softmax(1)
-    return softness**2 * F.kl_div((logits / softness).log_softmax(1), target, reduction="none").sum(1).mean()
+    return softness**2 * gold_proxy_loss(logits / softness, teacher / softness, forgotten)
 
 
 def class_span(features: Float[Tensor, "N D"], labels: Int[Tensor, " N"], least: float = 1e-6) -> Float[Tensor, "R D"]:
@@ -63,7 +63,7 @@ def class_span(features: Float[Tensor, "N D"], labels: Int[Tensor, " N"], least:
 
     Args:    least: share of the largest singular value below which a direction counts as none.
     """
-    means = torch.stack([_full(features[labels == label]).mean(0) for label in sorted({*labels.tolist()})])
+    means = torch.stack([full(features[labels == label]).mean(0) for label in sorted({*labels.tolist()})])
     _, sizes, rows = torch.linalg.svd(means - means.mean(0), full_matrices=False)
     span: Tensor = rows[sizes > least * sizes[:1].clamp(min=torch.finfo(sizes.dtype).tiny)]
     return span
@@ -75,7 +75,8 @@ def outside(features: Float[Tensor, "B D"], span: Float[Tensor, "R D"]) -> Float
     A trained classifier's features collapse onto the differences of its classes' means (Papyan et al. 2020, arXiv
     2008.08186). Those of a model that never saw some classes have no directions of theirs.
     """
-    centred = _full(features) - _full(features).mean(0)
+    values = full(features)
+    centred = values - values.mean(0)
     return (centred - centred @ span.T @ span).square().sum(1).mean()
 
 
@@ -138,8 +139,3 @@ def probe_leak(
     # Without a forgotten sample, or with none but them, there is nothing to explain: 0.
     explained: Tensor = (total - unexplained) / total.clamp(min=tiny)
     return explained
-
-
-def _full(features: Tensor) -> Tensor:
-    """Bring half precision to float32, which is decomposed by singular values; leave float32 and float64."""
-    return features.to(torch.promote_types(features.dtype, torch.float32))

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from postgrad.core.numbers import full, root
+
 Pair = tuple[Tensor, Tensor]
 """A and B of one linear layer: its weight grows by a multiple of B A."""
 Groups = Sequence[Sequence[Tensor]]
@@ -68,7 +70,7 @@ class Terms(NamedTuple):
 
 def retain_ce(logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"]) -> Float[Tensor, ""]:
     """Return the mean cross entropy of retained images, in nats."""
-    return F.cross_entropy(_full(logits), labels)
+    return F.cross_entropy(full(logits), labels)
 
 
 def bounded_forget(
@@ -79,7 +81,7 @@ def bounded_forget(
     Args: reduction: "mean" bounds the mean, relu(bound - mean_i CE_i), as the paper's code does; "sample" bounds each,
           mean_i relu(bound - CE_i), which is never less, and splits over micro-batches.
     """
-    each = F.cross_entropy(_full(logits), labels, reduction="none")  # [B]
+    each = F.cross_entropy(full(logits), labels, reduction="none")  # [B]
     if reduction == "sample":
         return F.relu(bound - each).mean()
     return F.relu(bound - each.mean())
@@ -95,8 +97,8 @@ def prototypes(
     Differs: the released single-step code took them from the network before its weights were loaded.
     """
     num = num_classes if num_classes is not None else int(labels.max()) + 1
-    full = _full(features.detach())
-    sums = full.new_zeros(num, full.shape[1]).index_add_(0, labels, full)  # [K, D]
+    values = full(features.detach())
+    sums = values.new_zeros(num, values.shape[1]).index_add_(0, labels, values)  # [K, D]
     return sums / torch.bincount(labels, minlength=num)[:, None]
 
 
@@ -108,15 +110,15 @@ def prototype_kl(
     Args:    prototypes: class means; for a detector, the rows of its classifier.
     Differs: the paper speaks of logits; its code takes the features that the head reads, and so does this.
     """
-    target = F.log_softmax(_full(prototypes)[labels], dim=1)  # [B, D]
-    return F.kl_div(F.log_softmax(_full(features), dim=1), target, reduction="batchmean", log_target=True)
+    target = F.log_softmax(full(prototypes)[labels], dim=1)  # [B, D]
+    return F.kl_div(F.log_softmax(full(features), dim=1), target, reduction="batchmean", log_target=True)
 
 
 def prototype_l2(
     features: Float[Tensor, "B D"], labels: Int[Tensor, " B"], prototypes: Float[Tensor, "K D"]
 ) -> Float[Tensor, ""]:
     """Return the mean squared difference of features and their class's prototype, over images and coordinates."""
-    return F.mse_loss(_full(features), _full(prototypes)[labels])
+    return F.mse_loss(full(features), full(prototypes)[labels])
 
 
 def bounded_prototype(
@@ -163,9 +165,9 @@ def focal(
     Args:   onehot: rows of queries without an object are 0.
     Source: Lin et al. 2017, as in Deformable DETR.
     """
-    full, target = _full(logits), _full(onehot)
-    ce = F.binary_cross_entropy_with_logits(full, target, reduction="none")  # [B, Q, K]
-    probability = full.sigmoid()
+    values, target = full(logits), full(onehot)
+    ce = F.binary_cross_entropy_with_logits(values, target, reduction="none")  # [B, Q, K]
+    probability = values.sigmoid()
     wrong = probability * (1 - target) + (1 - probability) * target
     share = balance * target + (1 - balance) * (1 - target)
     return (share * wrong.square() * ce).sum() / num_boxes
@@ -209,7 +211,7 @@ def group_norms(groups: Groups) -> Float[Tensor, " G"]:
 
     Differs: the paper's text may be read as a sum of matrix norms; its code takes this one root, whatever the size.
     """
-    return _root(_sums(groups, lambda matrix: matrix.square().sum()))
+    return root(_sums(groups, lambda matrix: matrix.square().sum()))
 
 
 def structure(groups: Groups) -> Float[Tensor, ""]:
@@ -221,7 +223,7 @@ def reporting_norm(groups: Groups, order: Literal[1, 2] = 2) -> Float[Tensor, " 
     """Return the sum of a group's matrix norms, which the paper's code logs; it is not the norm it penalises."""
     if order == 1:
         return _sums(groups, lambda matrix: matrix.abs().sum())
-    return _sums(groups, lambda matrix: _root(matrix.square().sum()))
+    return _sums(groups, lambda matrix: root(matrix.square().sum()))
 
 
 @torch.no_grad()
@@ -264,19 +266,8 @@ def _clear(groups: Groups, positions: Sequence[int]) -> None:
 def _sums(groups: Groups, of: Callable[[Tensor], Tensor]) -> Float[Tensor, " G"]:
     """Sum a number of each matrix over each group."""
     device = next((matrix.device for group in groups for matrix in group), None)
-    sums = [sum((of(_full(matrix)) for matrix in group), torch.zeros((), device=device)) for group in groups]
+    sums = [sum((of(full(matrix)) for matrix in group), torch.zeros((), device=device)) for group in groups]
     return torch.stack(sums) if sums else torch.zeros(0)
-
-
-def _root(squares: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Square root whose gradient at 0 is 0. torch's vector_norm has one too, but adds up less exactly on a CPU."""
-    zero = squares == 0
-    return squares.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
-
-
-def _full(values: Tensor) -> Tensor:
-    """Bring half precision to float32; leave float32 and float64."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _weighted(weight: float, term: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from postgrad.core.numbers import full, root
 from postgrad.core.vision import ImageSet
 from postgrad.core.vision_models import Classifier
-from postgrad.forgetting.distillation import full, root
 
 Weights = Mapping[str, Tensor]
 """Tensors under the names of the parameters they belong to."""

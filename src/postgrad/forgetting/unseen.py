@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from postgrad.core.numbers import full
 from postgrad.core.vision import ImageSet
 from postgrad.errors import DataError
 from postgrad.forgetting.batches import Pair
@@ -35,9 +36,8 @@ CLOSE = 0.05
 
 def log_odds(logits: Float[Tensor, "B K"], labels: Int64[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Return log(p / (1 - p)) of each image's own class; above 0 it has more than half of the probability."""
-    full = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    at = labels[:, None]
-    return full.gather(1, at)[:, 0] - full.scatter(1, at, -torch.inf).logsumexp(1)
+    values, at = full(logits), labels[:, None]
+    return values.gather(1, at)[:, 0] - values.scatter(1, at, -torch.inf).logsumexp(1)
 
 
 def unseen_levels(
